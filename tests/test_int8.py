@@ -47,6 +47,20 @@ def test_the_product_is_that_of_rounded_weights(rows, inputs, dtype, tolerance):
     assert error(scale.roll(1, 0)) > 10 * tolerance
 
 
+def test_fp32_never_uses_the_int8_kernel(monkeypatch):
+    """It is a scalar loop there; in bf16 up to four rows use it."""
+    rows, kernel = [], torch._weight_int8pack_mm
+    monkeypatch.setattr(
+        torch, "_weight_int8pack_mm", lambda x, *args: rows.append(len(x)) or kernel(x, *args)
+    )
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for count in (1, 4, 5):
+            int8.linear(
+                torch.ones(count, 64, dtype=dtype), *int8.quantize(torch.ones(8, 64), dtype), F.linear
+            )
+    assert rows == [1, 4]
+
+
 def test_extreme_rows():
     values = torch.tensor([[0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0], [1e-40, 0.0]])
     result = int8.dequantize(*int8.quantize(values, torch.float32))

@@ -131,6 +131,30 @@ def test_prompts_of_every_form(client, tokens):
     assert echo.choices[0].text == "some words" + answer.choices[0].text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_has_the_logprobs_of_the_prompt(client, tokens, reference, stream):
+    """Twice, as the second request must not skip what is in the prefix cache."""
+    prompt = [1, *tokens.encode("some words and more of these words, and words again").tolist()]
+    expected = hf_logprobs(reference, prompt)[:-1]
+    chosen = expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+    best = expected[:, : tokens.vocab_size].max(1).values.tolist()
+    fields = {"prompt": [prompt, [1, 5]], "max_tokens": 3, "logprobs": 1, "echo": True, "n": 2}
+    for _ in range(2):
+        answer = client.completions.create(model="tiny", temperature=0, stream=stream, **fields)
+        choices = [choice for chunk in (answer if stream else [answer]) for choice in chunk.choices]
+        for index in (0, 1):
+            parts = [choice for choice in choices if choice.index == index]
+            found = [value for part in parts for value in part.logprobs.token_logprobs]
+            top = [value for part in parts for value in part.logprobs.top_logprobs]
+            assert found[0] is top[0] is None
+            assert found[1 : len(prompt)] == pytest.approx(chosen, abs=1e-5)
+            assert [max(item.values()) for item in top[1 : len(prompt)]] == pytest.approx(best, abs=1e-5)
+            assert len(found) == len(prompt) + 3
+            texts = [text for part in parts for text in part.logprobs.tokens]
+            offsets = [offset for part in parts for offset in part.logprobs.text_offset]
+            assert offsets == [sum(map(len, texts[:i])) for i in range(len(texts))]
+
+
 def test_a_stop_string_spans_tokens(client):
     whole = client.completions.create(model="tiny", prompt="some words", temperature=0).choices[0].text
     stop = whole[5:9]
@@ -174,7 +198,7 @@ def test_biases_and_penalties(client, tokens):
         (400, "tool_choice", {"tool_choice": "required"}),
         (400, "response_format", {"response_format": {"type": "json_object"}}),
         (404, "model", {"model": "gpt-4"}),
-        (429, None, {"n": 100}),
+        (400, "n", {"n": 100}),  # never fits: a client would repeat it in vain after 429
     ],
 )
 def test_a_wrong_field_is_named(client, status, param, fields):
@@ -249,6 +273,37 @@ def test_key_and_drain(folder, tmp_path, monkeypatch):
         server.processes[0].join(60)
         assert server.processes[0].exitcode == 0
         assert "signal 15: finishing 1 sequences" in server.errors.read_text()
+
+
+def test_a_full_queue_is_429(server, client):
+    """The openai client knows it by its class, and would repeat the request."""
+    body = {"prompt": "some", "max_tokens": 230, "n": 40, "stream": True, "ignore_eos": True}
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    _wait_for(lambda: server.metric("num_requests_running") > 0)
+    with pytest.raises(openai.RateLimitError) as caught:
+        chat(client)
+    assert caught.value.code == "rate_limit_exceeded"
+    assert caught.value.response.headers["Retry-After"] == "1"
+    connection.close()
+    _wait_for(lambda: server.metric("num_requests_running") == 0)
+
+
+@pytest.mark.slow
+def test_pipeline_stages_over_http(folder, tmp_path, tokens, reference):
+    with running_server(
+        folder, tmp_path, "--cache-memory", "0.01", "--served-model-name", "tiny", pp=2
+    ) as two:
+        client = openai.OpenAI(base_url=f"{two.url}/v1", api_key="none", max_retries=0)
+        prompt = ChatFormat(tokens, None, "internlm").prompt_ids([Message("user", QUESTION[0]["content"])])
+        expected = hf_continuation(reference, prompt, max_new_tokens=12, eos_token_id=[2], **usable(tokens))
+        assert chat(client).choices[0].message.content == tokens.decode(expected)
+        chunks = [chunk.choices[0].delta.content or "" for chunk in chat(client, stream=True)]
+        assert "".join(chunks) == tokens.decode(expected)
+        os.kill(two.processes[0].pid, signal.SIGTERM)
+        for process in two.processes:
+            process.join(60)
+            assert process.exitcode == 0
 
 
 def test_a_template_that_does_not_fit_is_an_error_at_the_start(folder, tmp_path):

@@ -35,12 +35,12 @@ COMMON = {"max_new_tokens", "repetition_penalty", "stop"}
 SAMPLING = {"temperature", "top_k", "top_p"}
 BEAMS = {"num_beams", "length_penalty"}
 USES = {
-    "greedy": COMMON,
+    "greedy": COMMON | {"lookup"},
     "sample": COMMON | SAMPLING | {"num_return_sequences"},
     "beam": COMMON | BEAMS | {"num_return_sequences"},
     "beam-sample": COMMON | SAMPLING | BEAMS | {"num_return_sequences"},
     "logprobs": set(),
-    "chat": COMMON | SAMPLING | {"chat_template", "system", "history_turns"},
+    "chat": COMMON | SAMPLING | {"chat_template", "system", "history_turns", "lookup"},
 }
 """Task -> the flags that it uses. --seed is legal for every task: the published script gives one to all of
 them."""
@@ -144,6 +144,9 @@ class GenerationArgs:
     """Exponent of the length: beams are ranked by the sum of log-probabilities / length ** length_penalty."""
     num_return_sequences: int = 1
     """Answers per prompt."""
+    lookup: int = 0
+    """Prompt lookup for the most likely tokens (greedy, and chat without sampling): at most so many tokens
+    are proposed that followed the last ones earlier in the text, and checked in one pass; 0: none."""
     seed: int = 42
     """Random seed for sampling."""
     stop: UseAppendAction[tuple[str, ...]] = ()
@@ -210,11 +213,13 @@ def resolve(args: Sequence[str], world: int) -> tuple[GenerationJob, list[str]]:
     generation = line.options.generation
     tasks = tuple(task_name(word) for word in generation.task) or _implied_tasks(line.typed)
     command.check_minimum(
-        generation, {"batch_size": 1, "max_input_length": 1, "history_turns": 0, "max_new_tokens": 1}
+        generation,
+        {"batch_size": 1, "max_input_length": 1, "history_turns": 0, "max_new_tokens": 1, "lookup": 0},
     )
     if "" in generation.stop:
         raise UserError("--stop is empty: a text of no characters would end every answer at once")
     _check_uses(tasks, line.typed)
+    _check_lookup(generation, line.typed)
     _check_output(generation, tasks)
     return GenerationJob(spec, generation, tasks, line.typed), line.notes
 
@@ -276,6 +281,16 @@ def _check_uses(tasks: Sequence[str], typed: frozenset[str]) -> None:
         users = [task for task, uses in USES.items() if name in uses]
         if tasks and not set(users) & set(tasks) and name != "chat_template":
             raise UserError(f"{flag_of(name)} is for --task {' or '.join(users)}, not for {', '.join(tasks)}")
+
+
+def _check_lookup(generation: GenerationArgs, typed: frozenset[str]) -> None:
+    """Raises UserError for prompt lookup with flags that make it useless."""
+    other = SAMPLING & typed or (generation.repetition_penalty != 1 and {"repetition_penalty"})
+    if generation.lookup and other:
+        raise UserError(
+            f"--lookup is for the most likely tokens and has no effect with {flag_of(min(other))}: "
+            "leave one out"
+        )
 
 
 def partial_of(path: Path) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 from ascendspeed.inference import engine
 from ascendspeed.inference.args import GenerationJob
 from ascendspeed.inference.engine import SamplingParams
+from ascendspeed.inference.serving.lookup_sampling import sample_with_lookup
 from ascendspeed.inference.session import Session
 from ascendspeed.tokenization.chat import control_token_ids
 from ascendspeed.tokenization.detokenizer import TextStream, decode_until_stop
@@ -85,11 +86,12 @@ def generate_answers(
     stops: Sequence[str] = (),
     on_text: Callable[[str], None] | None = None,
     should_end: Callable[[], bool] | None = None,
+    lookup: int = 0,
 ) -> list[list[Answer]]:
     """Generates `num_return_sequences` answers to each prompt of a batch. Collective.
 
     `on_text` receives the text of a single prompt's answer as it is generated, on every rank.
-    `prompt_numbers`, `should_end`: see `engine.sample`.
+    `prompt_numbers`, `should_end`: see `engine.sample`. `lookup`: see `sample_with_lookup`; 0: none.
     """
     streams: dict[int, TextStream] = {}
 
@@ -101,9 +103,11 @@ def generate_answers(
         return stream.stopped
 
     needs_text = params.num_beams == 1 and bool(stops or on_text)
-    completions = engine.sample(
-        session.model, prompts, params, stop_at_string if needs_text else None, prompt_numbers, should_end
-    )
+    stop = stop_at_string if needs_text else None
+    if lookup:
+        completions = sample_with_lookup(session.model, prompts, params, lookup, stop, should_end)
+    else:
+        completions = engine.sample(session.model, prompts, params, stop, prompt_numbers, should_end)
     if on_text and streams and (text := streams[0].finish()):
         on_text(text)
     return [[_answer(session, completion, stops) for completion in group] for group in completions]

@@ -80,6 +80,7 @@ def run_chat(
     params: SamplingParams,
     stops: tuple[str, ...],
     read: Callable[[], UserMessage | None],
+    lookup: int = 0,
 ) -> None:
     """Answers messages until the end of the input or a quit word.
 
@@ -108,7 +109,7 @@ def run_chat(
                         raise
                     logger.info(f"error: {error}")
                     continue
-                _answer(session, conversation, ids, params, stops, interrupt)
+                _answer(session, conversation, ids, params, stops, interrupt, lookup)
 
 
 def _stdin_is_terminal() -> bytes:
@@ -122,13 +123,14 @@ def _answer(
     params: SamplingParams,
     stops: tuple[str, ...],
     interrupt: InterruptHandler,
+    lookup: int,
 ) -> None:
     """Generates an answer, writes it on rank 0 as it is generated, and adds it to the conversation."""
     on_text = write_stdout if session.grid.rank == 0 else lambda text: None
     session.warn_if_too_long("the conversation", len(ids) + params.max_new_tokens)
     numbers = [conversation.question_count]
     ((answer,),) = generate_answers(
-        session, [ids], numbers, params, stops, on_text, lambda: interrupt.requested
+        session, [ids], numbers, params, stops, on_text, lambda: interrupt.requested, lookup
     )
     on_text("\n")
     tokens = answer.tokens

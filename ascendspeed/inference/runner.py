@@ -58,7 +58,7 @@ def run(job: GenerationJob, device: Device, notes: Sequence[str]) -> None:
         _run_task(session, job, number, plan, writer)
     writer.finish()
     if is_interactive:
-        run_chat(session, conversation, chat_params, args.stop, read_stdin_message)
+        run_chat(session, conversation, chat_params, args.stop, read_stdin_message, args.lookup)
 
 
 def _batch_tasks(job: GenerationJob, is_interactive: bool, is_demonstration: bool) -> list[str]:
@@ -117,7 +117,8 @@ def _run_batch(
             records.logprobs_record(session, plan, i, values)
             for i, values in zip(batch, logprobs, strict=True)
         ]
-    answers = generate_answers(session, ids, batch, plan.params, job.generation.stop, on_text)
+    lookup = 0 if plan.params.is_random or plan.params.num_beams > 1 else job.generation.lookup
+    answers = generate_answers(session, ids, batch, plan.params, job.generation.stop, on_text, lookup=lookup)
     if on_text:
         on_text("\n")
     return [records.answers_record(session, plan, i, group) for i, group in zip(batch, answers, strict=True)]

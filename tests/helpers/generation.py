@@ -8,12 +8,12 @@ from ascendspeed.config.schema import ModelConfig, ParallelConfig
 from helpers.models import ours
 
 
-def language_model(cpu, model: ModelConfig, tensors, quantize=None, kv_cache_dtype="auto"):
+def language_model(cpu, model: ModelConfig, tensors, quantize=None, kv_cache_dtype="auto", dtype="fp32"):
     from ascendspeed.distributed import process_groups
     from ascendspeed.inference.engine import LanguageModel
 
     return LanguageModel(
-        ours(cpu, model, tensors, quantize=quantize),
+        ours(cpu, model, tensors, dtype, quantize=quantize),
         model,
         process_groups.initialize(cpu, ParallelConfig(), 1),
         cpu,

@@ -24,14 +24,16 @@ class RunningServer:
     errors: Path
     """Stderr of rank 0."""
 
-    def get(self, path: str) -> str:
+    def get(self, path: str, headers: dict[str, str] | None = None) -> str:
         """Body of a GET request."""
-        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+        request = urllib.request.Request(self.url + path, headers=headers or {})
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.read().decode()
 
-    def metric(self, name: str) -> float:
+    def metric(self, name: str, headers: dict[str, str] | None = None) -> float:
         """Value of a metric."""
-        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(f"vllm:{name}{{")]
+        text = self.get("/metrics", headers)
+        lines = [line for line in text.splitlines() if line.startswith(f"vllm:{name}{{")]
         assert len(lines) == 1, (name, lines)
         return float(lines[0].split()[-1])
 

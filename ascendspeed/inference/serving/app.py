@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ascendspeed.inference.serving import completions
+from ascendspeed.inference.serving import chat_page, completions, openapi
 from ascendspeed.inference.serving.api_error import ApiError
 from ascendspeed.inference.serving.chat_completions import ChatAnswer, encode_chat
 from ascendspeed.inference.serving.completions import CompletionAnswer
@@ -35,17 +35,19 @@ logger = logging.getLogger(__name__)
 CLIENT_LEFT = 499
 """Status that is logged when a client leaves before its answer."""
 DISCONNECT_POLL_SECONDS = 0.1
+OPEN_PATHS = (*openapi.OPEN_PATHS, chat_page.PATH)
+"""Paths that need no key."""
 
 
 class ApiKeyMiddleware:
-    """Requires `Authorization: Bearer KEY` everywhere but on /health."""
+    """Requires `Authorization: Bearer KEY` everywhere but on /health and the static page."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self._app, self._expected = app, f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on, or answers 401."""
-        if scope["type"] == "http" and scope["path"] != "/health":
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 await _error_response(ApiError(401, "the API key is missing or wrong"))(scope, receive, send)
@@ -56,8 +58,8 @@ class ApiKeyMiddleware:
 class Routes:
     """Handlers of the service."""
 
-    def __init__(self, service: GenerationService, version: str) -> None:
-        self.service, self.version = service, version
+    def __init__(self, service: GenerationService, version: str, has_key: bool) -> None:
+        self.service, self.version, self.has_key = service, version, has_key
 
     def table(self) -> list[Route]:
         """Returns all routes."""
@@ -71,6 +73,8 @@ class Routes:
             Route("/ready", self.ready),
             Route("/metrics", self.metrics),
             Route("/version", self.show_version),
+            Route(openapi.PATH, self.describe),
+            chat_page.route(),
         ]
 
     async def chat_completions(self, request: Request) -> Response:
@@ -124,8 +128,9 @@ class Routes:
 
     async def health(self, request: Request) -> Response:
         """200 while the engine runs."""
-        loop = self.service.engine_loop
-        return JSONResponse({"error": loop.error}, 503) if loop.error else JSONResponse({"status": "ok"})
+        if self.service.engine_loop.error:
+            raise ApiError(503, self.service.engine_loop.error)
+        return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
         """200 while new requests are taken."""
@@ -139,6 +144,10 @@ class Routes:
     async def show_version(self, request: Request) -> Response:
         """Version of this package."""
         return JSONResponse({"version": self.version})
+
+    async def describe(self, request: Request) -> Response:
+        """OpenAPI description of the requests."""
+        return JSONResponse(openapi.describe(self.version, self.has_key))
 
     async def _read(self, request: Request, cls: type[Any]) -> Any:
         """Returns the checked body. Raises `ApiError`."""
@@ -228,7 +237,7 @@ def create_app(
         service.engine_loop.stop()
 
     app = Starlette(
-        routes=Routes(service, version).table(),
+        routes=Routes(service, version, api_key is not None).table(),
         lifespan=lifespan,
         exception_handlers={
             ApiError: _answer_api_error,

@@ -58,6 +58,9 @@ class ServeArgs:
     rope_length: int | None = None
     """Fix the base of dynamic NTK by this length for all requests, so that long prompts of different lengths
     share prefixes; None: by each prompt's own length."""
+    lookup: int = 0
+    """Prompt lookup for requests without sampling and penalties: at most so many tokens are proposed that
+    followed the last ones earlier in the text, and checked in one pass; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def _check(serve: ServeArgs) -> None:
             "max_num_batched_tokens": 1,
             "max_queue": 0,
             "rope_length": 1,
+            "lookup": 0,
         },
     )
     for name in ("cache_memory", "max_body_mib", "request_seconds"):

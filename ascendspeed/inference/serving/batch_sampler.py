@@ -22,10 +22,20 @@ def choose_tokens(logits: Tensor, requests: Sequence[Request]) -> Tensor:
 
     A row depends on nothing but its own logits, parameters and random stream.
     """
-    top = max(request.params.top_logprobs for request in requests)
     invalid = logits.isnan().any(-1)
     logits = logits.masked_fill(invalid[:, None], 0.0)
-    tokens = _choose(logits, requests)
+    return _pack(logits, _choose(logits, requests), invalid, requests)
+
+
+def score_tokens(logits: Tensor, tokens: Sequence[int], requests: Sequence[Request]) -> Tensor:
+    """Returns what `choose_tokens` does, for given tokens, one per row."""
+    invalid = logits.isnan().any(-1)
+    logits = logits.masked_fill(invalid[:, None], 0.0)
+    return _pack(logits, torch.tensor(tokens, device=logits.device), invalid, requests)
+
+
+def _pack(logits: Tensor, tokens: Tensor, invalid: Tensor, requests: Sequence[Request]) -> Tensor:
+    top = max(request.params.top_logprobs for request in requests)
     normalizer = logits.logsumexp(-1)
     chosen = logits.gather(1, tokens[:, None])[:, 0] - normalizer
     columns = [tokens.masked_fill(invalid, INVALID).double()[:, None], chosen.double()[:, None]]
@@ -56,7 +66,7 @@ def unpack(packed: Tensor, requests: Sequence[Request]) -> list[TokenChoice]:
 def _choose(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """Returns the next token [n] of every row."""
     scores = logits
-    if any(_changes_scores(request) for request in requests):
+    if any(request.params.changes_scores for request in requests):
         scores = torch.stack(
             [_penalized(row, request) for row, request in zip(logits, requests, strict=True)]
         )
@@ -76,17 +86,6 @@ def _choose(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         warped = warp_logits(scores[rows], requests[rows[0]].params.sampling)
         tokens[rows] = sample_from_logits(warped, uniforms)
     return tokens
-
-
-def _changes_scores(request: Request) -> bool:
-    params = request.params
-    return bool(
-        params.sampling.repetition_penalty != 1
-        or params.presence_penalty
-        or params.frequency_penalty
-        or params.logit_bias
-        or params.min_new_tokens
-    )
 
 
 def _penalized(logits: Tensor, request: Request) -> Tensor:

@@ -55,6 +55,9 @@ class Delta:
     call: FunctionCall | None = None
     reason: str | None = None
     """stop, length or tool_calls, with the last delta of the choice."""
+    prompt: tuple[TokenChoice, ...] = ()
+    """Log-probabilities of the prompt's tokens from the second one on, with the first delta of its first
+    choice, if they were asked for."""
 
 
 @dataclass
@@ -137,6 +140,7 @@ class Generation:
         self.usage.completion += 1
         if not choice.tokens and not self.sequences[choice.index].shares_previous:
             self.usage.cached += result.request.shared_tokens
+        prompt = () if choice.tokens else tuple(result.request.prompt_choices)
         choice.tokens += 1
         is_stop_token = reason == "stop"  # only a stop token makes the engine say so
         text, call = ("", None) if is_stop_token else choice.stream.push(token.token)
@@ -151,7 +155,7 @@ class Generation:
         choice.has_call = choice.has_call or call is not None
         if reason == "stop" and choice.has_call:
             reason = "tool_calls"
-        return Delta(choice.index, text, tokens, call, reason)
+        return Delta(choice.index, text, tokens, call, reason, prompt)
 
 
 class GenerationService:
@@ -185,13 +189,18 @@ class GenerationService:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, work)
 
     def check_available(self, sequences: int) -> None:
-        """Raises `ApiError` if the service cannot take so many sequences now."""
+        """Raises `ApiError` if the service cannot take so many sequences, now or ever."""
         if self.engine_loop.error:
             raise ApiError(503, self.engine_loop.error)
         if self.is_draining:
             raise ApiError(503, "the service is shutting down")
-        if self.active + sequences > self.limits.max_sequences:
-            raise ApiError(429, f"{self.active} sequences run or wait; try again later")
+        most = self.limits.max_sequences
+        if sequences > most:  # clients repeat a request after 429, and this one never fits
+            raise ApiError(400, f"prompts times n are {sequences} sequences; the limit is {most}", "n")
+        if self.active + sequences > most:
+            raise ApiError(
+                429, f"{self.active} sequences run or wait; try again later", code="rate_limit_exceeded"
+            )
 
     def check_length(self, prompt: Sequence[int], max_tokens: int | None) -> int:
         """Returns the most new tokens after a prompt. Raises `ApiError`."""

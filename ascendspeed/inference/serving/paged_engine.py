@@ -16,6 +16,9 @@ from ascendspeed.inference.serving.request import Events, Request, Submission, T
 from ascendspeed.inference.serving.scheduler import ScheduledTokens, Scheduler
 from ascendspeed.models.gpt.paged_kv_cache import SequenceSlice
 
+SCORED_ROWS = 256
+"""Most rows of logits of a prompt that exist at a time: a row has the length of the vocabulary."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -31,6 +34,8 @@ class EngineSettings:
     """Reuse the cache of equal prefixes."""
     rope_length: int | None = None
     """Length that fixes one RoPE base for all requests; None: each prompt's own length."""
+    lookup: int = 0
+    """Most tokens that prompt lookup proposes at a time for a greedy request; 0: no prompt lookup."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,11 @@ class PagedEngine:
         self.model, self.settings = model, settings
         self.pool = BlockPool(settings.num_blocks, settings.block_size)
         self.scheduler = Scheduler(
-            self.pool, settings.token_budget, settings.max_running, settings.share_prefixes
+            self.pool,
+            settings.token_budget,
+            settings.max_running,
+            settings.share_prefixes,
+            settings.lookup,
         )
         self.requests: dict[int, Request] = {}
         self.steps = 0
@@ -107,57 +116,95 @@ class PagedEngine:
             return []
         hidden = self._forward(plan)
         self.steps += 1
+        self._score_prompts(hidden, plan)
         ending = [item for item in plan if item.needs_token]
-        last = _last_tokens(plan)
+        rows = _rows_to_choose(plan)
         self.scheduler.complete_pass(plan)
         if not ending:
             return []
-        requests = [item.request for item in ending]
-        return self._finish_step(requests, self._choose(hidden, last, requests))
+        requests = [item.request for item in ending for _ in range(1 + len(item.draft))]
+        return self._finish_step(ending, self._choose(hidden, rows, requests))
 
     def _forward(self, plan: Sequence[ScheduledTokens]) -> Tensor | None:
         """Runs the tokens of a plan; returns hidden states [tokens, h] on the last stage."""
         slices, tokens = [], []
         for item in plan:
             request, first = item.request, item.request.cached
-            slices.append(SequenceSlice(request.blocks, first, item.count, request.frequencies))
+            slices.append(SequenceSlice(request.blocks, first, item.size, request.frequencies))
             if item.count == 1 and request.output and item.needs_token:
                 tokens.append(request.output[-1])
             else:
                 tokens += request.tokens[first : first + item.count]
+            tokens += item.draft
         self.cache.begin_pass(slices)
         return self.model.forward_paged(torch.tensor(tokens, device=self.model.device.torch))
 
-    def _choose(
-        self, hidden: Tensor | None, last: Sequence[int], requests: Sequence[Request]
+    def _score_prompts(self, hidden: Tensor | None, plan: Sequence[ScheduledTokens]) -> None:
+        """Appends the log-probabilities of the prompt's tokens that this pass has computed."""
+        start = 0
+        for item in plan:
+            request, first = item.request, item.request.cached
+            if request.params.scores_prompt:
+                known = max(first, len(request.prompt_choices))
+                for part in range(known, min(first + item.count, len(request.prompt) - 1), SCORED_ROWS):
+                    end = min(part + SCORED_ROWS, first + item.count, len(request.prompt) - 1)
+                    rows = range(start + part - first, start + end - first)
+                    tokens = request.prompt[part + 1 : end + 1]
+                    request.prompt_choices += self._score(hidden, rows, tokens, request)
+            start += item.size
+
+    def _score(
+        self, hidden: Tensor | None, rows: Sequence[int], tokens: Sequence[int], request: Request
     ) -> list[TokenChoice]:
-        """Returns the next token of each request, on every rank."""
+        """Returns the log-probabilities of given tokens after rows of the pass, on every rank."""
+        packed, requests = None, [request] * len(rows)
+        if self.model.is_last_stage:
+            logits = self.model.logits(hidden[list(rows)])
+            if self.model.is_sampling_rank:
+                packed = batch_sampler.score_tokens(logits, tokens, requests)
+        shape = (len(rows), batch_sampler.packed_width(requests))
+        return batch_sampler.unpack(self.model.broadcast(packed, shape), requests)
+
+    def _choose(
+        self, hidden: Tensor | None, rows: Sequence[int], requests: Sequence[Request]
+    ) -> list[TokenChoice]:
+        """Returns the token after each row of the pass, by the parameters of its request, on every rank."""
         packed = None
         if self.model.is_last_stage:
-            logits = self.model.logits(hidden[list(last)])
+            logits = self.model.logits(hidden[list(rows)])
             if self.model.is_sampling_rank:
                 packed = batch_sampler.choose_tokens(logits, requests)
         shape = (len(requests), batch_sampler.packed_width(requests))
         return batch_sampler.unpack(self.model.broadcast(packed, shape), requests)
 
     def _finish_step(
-        self, requests: Sequence[Request], choices: Sequence[TokenChoice]
+        self, ending: Sequence[ScheduledTokens], choices: Sequence[TokenChoice]
     ) -> list[GeneratedToken]:
-        results = []
-        for request, choice in zip(requests, choices, strict=True):
-            reason = "error" if choice.token == batch_sampler.INVALID else request.append(choice.token)
-            if reason:
-                self.scheduler.remove(request)
-                del self.requests[request.id]
-            results.append(GeneratedToken(request, choice, reason))
+        """Appends the chosen tokens; those after a draft's first wrong token are dropped."""
+        results, start = [], 0
+        for item in ending:
+            request = item.request
+            chosen = choices[start : start + 1 + len(item.draft)]
+            start += len(chosen)
+            for choice, proposed in zip(chosen, (*item.draft, None), strict=True):
+                is_invalid = choice.token == batch_sampler.INVALID
+                reason = "error" if is_invalid else request.append(choice.token)
+                results.append(GeneratedToken(request, choice, reason))
+                if reason:
+                    self.scheduler.remove(request)
+                    del self.requests[request.id]
+                if reason or choice.token != proposed:
+                    break
+                request.cached += 1  # the keys of the draft's token are in the cache
         return results
 
 
-def _last_tokens(plan: Sequence[ScheduledTokens]) -> list[int]:
-    """Returns the index in the pass of the last token of every request that needs its next one."""
+def _rows_to_choose(plan: Sequence[ScheduledTokens]) -> list[int]:
+    """Returns the indices in the pass of the last token, and of the draft, of every request that needs its
+    next one."""
     indices, end = [], 0
     for item in plan:
-        end += item.count
+        end += item.size
         if item.needs_token:
-            indices.append(end - 1)
+            indices += range(end - 1 - len(item.draft), end)
     return indices

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ascendspeed.inference.engine import SamplingParams
 from ascendspeed.inference.engine.logits_processors import random_stream
+from ascendspeed.inference.serving.prompt_lookup import PromptLookup
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,19 @@ class RequestParams:
     """Number of most likely tokens whose log-probabilities are returned with each token."""
     salt: str = ""
     """Prefixes are shared only between requests with equal salts."""
+    scores_prompt: bool = False
+    """Compute the log-probabilities of the prompt's tokens; its blocks are not shared."""
+
+    @property
+    def changes_scores(self) -> bool:
+        """True if a row's tokens depend on more than its logits and random stream."""
+        return bool(
+            self.sampling.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.min_new_tokens
+        )
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,8 @@ class TokenChoice:
     """A generated token with log-probabilities from the model's own distribution, before any penalty."""
 
     token: int
-    logprob: float
+    logprob: float | None
+    """None for the first token of a prompt, which nothing predicts."""
     top: tuple[tuple[int, float], ...] = ()
     """The most likely tokens with their log-probabilities, best first."""
 
@@ -72,6 +87,9 @@ class Request:
     random: Generator = None  # type: ignore[assignment]
     counts: Counter = field(default_factory=Counter)
     """Occurrences of each token in the output."""
+    prompt_choices: list[TokenChoice] = field(default_factory=list)
+    """Log-probabilities of the prompt's tokens from the second one on, if `scores_prompt`."""
+    ngrams: PromptLookup = field(default_factory=PromptLookup)
 
     def __post_init__(self) -> None:
         self.random = random_stream(self.params.sampling.seed, self.params.number)
@@ -89,7 +107,18 @@ class Request:
     @property
     def root(self) -> tuple[Any, ...]:
         """Root of the prefix keys: everything but tokens that keys and values depend on."""
-        return ("rope", self.rope_length, "salt", self.params.salt)
+        own = ("own", self.id) if self.params.scores_prompt else ()
+        return ("rope", self.rope_length, "salt", self.params.salt, *own)
+
+    def propose(self, most: int) -> tuple[int, ...]:
+        """Returns up to `most` likely next tokens by prompt lookup, for plain greedy decoding only."""
+        params = self.params
+        most = min(most, params.sampling.max_new_tokens - len(self.output) - 1)
+        if most < 1 or params.sampling.is_random or params.changes_scores:
+            return ()
+        known = len(self.ngrams)
+        self.ngrams.extend(self.tokens if not known else self.output[known - len(self.prompt) :])
+        return self.ngrams.propose(most)
 
     def append(self, token: int) -> str | None:
         """Adds a token unless it is a stop token; returns the reason if the sequence ends."""

@@ -13,10 +13,17 @@ from ascendspeed.inference.serving.request import Request
 
 @dataclass(frozen=True)
 class ScheduledTokens:
-    """Tokens of a request in the next pass: the `count` tokens after those in the cache."""
+    """Tokens of a request in the next pass: the `count` tokens after those in the cache, and a draft."""
 
     request: Request
     count: int
+    draft: tuple[int, ...] = ()
+    """Proposed tokens after the end of the sequence, which the pass checks."""
+
+    @property
+    def size(self) -> int:
+        """Tokens in the pass."""
+        return self.count + len(self.draft)
 
     @property
     def needs_token(self) -> bool:
@@ -32,8 +39,10 @@ class Scheduler:
     and its tokens are read again later.
     """
 
-    def __init__(self, pool: BlockPool, token_budget: int, max_running: int, share_prefixes: bool) -> None:
-        self.pool = pool
+    def __init__(
+        self, pool: BlockPool, token_budget: int, max_running: int, share_prefixes: bool, lookup: int = 0
+    ) -> None:
+        self.pool, self.lookup = pool, lookup
         self.token_budget, self.max_running, self.share_prefixes = token_budget, max_running, share_prefixes
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []
@@ -79,7 +88,24 @@ class Scheduler:
                 break
             plan.append(ScheduledTokens(request, min(budget, request.length - request.cached)))
             budget -= plan[-1].count
-        return plan
+        return self._add_drafts(plan, len(decodes), budget) if self.lookup else plan
+
+    def _add_drafts(self, plan: list[ScheduledTokens], decodes: int, budget: int) -> list[ScheduledTokens]:
+        """Adds drafts to the first `decodes` items of a plan, as far as budget and spare blocks allow."""
+        active = len(self.running) + len(self.prefilling)
+        drafted = []
+        for item in plan[:decodes]:
+            request = item.request
+            draft = request.propose(min(self.lookup, budget))
+            size = self.pool.block_size
+            missing = -(-(request.length + len(draft)) // size) - len(request.blocks)
+            if missing > 0 and self.pool.available - missing < active:
+                draft = ()
+            elif draft:
+                request.blocks += [self.pool.allocate() for _ in range(missing)]
+            budget -= len(draft)
+            drafted.append(ScheduledTokens(request, item.count, draft))
+        return drafted + plan[decodes:]
 
     def complete_pass(self, plan: list[ScheduledTokens]) -> None:
         """Records that the pass is in the cache, and registers the blocks that it filled."""

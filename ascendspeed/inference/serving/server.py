@@ -137,6 +137,7 @@ def _settings(session: Session, serve: ServeArgs) -> EngineSettings:
         serve.max_num_seqs,
         serve.prefix_caching,
         serve.rope_length,
+        serve.lookup,
     )
 
 

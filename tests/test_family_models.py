@@ -134,7 +134,7 @@ LAYOUTS = {  # by the number of ranks
         "tp2-pp2": ParallelConfig(2, 2),
     },
 }
-EVERYWHERE = ("internlm", "internlm3-bias", "gemma")  # between them all that a layout can touch
+EVERYWHERE = ("internlm", "internlm3-bias", "gemma", "qwen3")  # between them all that a layout can touch
 DEFAULT = {"pp2": (*EVERYWHERE, "internlm2", "qwen2-tied"), "tp4": (*EVERYWHERE, "internlm2")}
 """Dense models of the default run; TP 2 has them all. The other models on stages and four ranks are slow."""
 
@@ -313,6 +313,7 @@ MISTAKES = {
     "internlm3: no bias on gate": ("internlm3-bias", lambda p: no_bias(p, "gate_proj")),
     "internlm3: no bias on down": ("internlm3-bias", lambda p: no_bias(p, "down_proj")),
     "qwen2: no bias on q": ("qwen2", lambda p: no_bias(p, "q_proj")),
+    "qwen3: norms of q and k swapped": ("qwen3", lambda p: swapped(p, "q_norm", "k_norm")),
     "baichuan: W_pack split per head": ("baichuan", lambda p: interleaved_qkv(p, "baichuan")),
 }
 
@@ -346,6 +347,8 @@ def test_a_wrong_reading_of_the_checkpoint_is_seen(mistake):
         ("gemma", {"activation": "silu"}),
         ("baichuan", {"normalize_head": False}),
         ("qwen2", {"norm_epsilon": 1e-2}),
+        ("qwen3", {"norm_epsilon": 1e-2}),
+        ("qwen3_moe", {"moe_router_pre_softmax": True}),
     ],
     ids=str,
 )

@@ -67,6 +67,12 @@ COUNTS = {  # of the published models, each once; 2.5 has the sizes of 2
     "qwen2-1.5b": 1_543_714_304,
     "qwen2-7b": 7_615_616_512,
     "qwen2-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
     "baichuan2-7b": 7_505_973_248,
     "gemma-2b": 2_506_172_416,
     "gemma-7b": 8_537_680_896,
@@ -74,6 +80,8 @@ COUNTS = {  # of the published models, each once; 2.5 has the sizes of 2
     "mixtral-8x22b": 140_620_634_112,
     "qwen1.5-moe-a2.7b": 14_315_784_192,
     "qwen2-57b-a14b": 57_408_658_944,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
 }
 
 

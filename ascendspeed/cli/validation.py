@@ -179,8 +179,15 @@ def _check_experts(run: Run) -> None:
 
 
 def _check_biases(model: ModelConfig) -> None:
-    """Raises UserError for a bias that checkpoints of the family cannot hold: it could not be exported."""
-    mappings = FAMILIES[model.family].param_mappings
+    """Raises UserError for a bias or norm that checkpoints of the family cannot hold."""
+    family = FAMILIES[model.family]
+    mappings = family.param_mappings
+    if model.qk_layernorm != family.implicit_config.get("qk_layernorm", False):
+        has = "have no norms of query and key heads" if model.qk_layernorm else "have them"
+        raise UserError(
+            f"--{'' if model.qk_layernorm else 'no-'}qk-layernorm: the models of the family "
+            f"{model.family} {has}; leave it out"
+        )
     for name in ("add_qkv_bias", "add_dense_bias", "add_mlp_bias"):
         if getattr(model, name) and not any(mapping.condition == name for mapping in mappings):
             raise UserError(

@@ -65,6 +65,8 @@ class ModelConfig:
     """Bias on the attention's output projection (InternLM 7B and 65B have it)."""
     add_mlp_bias: bool = False
     """Bias on the projections of the MLP (InternLM3 with `bias`)."""
+    qk_layernorm: bool = False
+    """RMSNorm of every query and key head before the rotary embedding (Qwen3)."""
     tie_embeddings: bool = False
     """Use the embedding as the output layer as well."""
     activation: Literal["silu", "gelu-tanh"] = "silu"

@@ -28,6 +28,8 @@ from ascendspeed.models.param_mapping import Parameter, Slice2D
 
 EDGE_ROWS = 16
 """Rows that `sampled` reads at each end of a vocabulary."""
+ADDED_FIELDS = ("qk_layernorm",)
+"""Fields that are younger than recorded fingerprints; they count unless they are false."""
 SAMPLED_PARTS = 8
 """Parts of a matrix for `sampled`, which reads the row at the beginning of each."""
 CHUNK = 1 << 24
@@ -95,7 +97,10 @@ def full_bytes(reader: CheckpointReader, readers: Readers | None = None) -> str:
 
 
 def _architecture(reader: CheckpointReader, without: tuple[str, ...]) -> dict[str, object]:
-    return {name: value for name, value in asdict(reader.config).items() if name not in without}
+    fields = asdict(reader.config).items()
+    return {
+        name: value for name, value in fields if name not in without and (value or name not in ADDED_FIELDS)
+    }
 
 
 def _tensor_digest(named: tuple[str, Tensor]) -> list[str]:

@@ -119,7 +119,11 @@ def randomize(reference: PreTrainedModel, model: ModelConfig, seed: int) -> None
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() > 1:
             parameter.copy_(noise * model.init_method_std)
-        elif "self_attn" in name and not (model.add_dense_bias if "o_proj" in name else model.add_qkv_bias):
+        elif (
+            "self_attn" in name
+            and name.endswith(".bias")
+            and not (model.add_dense_bias if "o_proj" in name else model.add_qkv_bias)
+        ):
             parameter.zero_()
         else:
             parameter.add_(0.1 * noise)

@@ -17,12 +17,26 @@ from ascendspeed.models.families.llama import LLAMA
 from ascendspeed.models.families.mixtral import MIXTRAL
 from ascendspeed.models.families.qwen2 import QWEN2
 from ascendspeed.models.families.qwen2_moe import QWEN2_MOE
+from ascendspeed.models.families.qwen3 import QWEN3
+from ascendspeed.models.families.qwen3_moe import QWEN3_MOE
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import read_json_object
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (INTERNLM, INTERNLM2, INTERNLM3, LLAMA, QWEN2, BAICHUAN, GEMMA, MIXTRAL, QWEN2_MOE)
+    for family in (
+        INTERNLM,
+        INTERNLM2,
+        INTERNLM3,
+        LLAMA,
+        QWEN2,
+        QWEN3,
+        BAICHUAN,
+        GEMMA,
+        MIXTRAL,
+        QWEN2_MOE,
+        QWEN3_MOE,
+    )
 }
 PRESETS: dict[str, ModelConfig] = {
     name: config for family in FAMILIES.values() for name, config in family.presets.items()

@@ -296,6 +296,8 @@ def param_shape(config: ModelConfig, mapping: ParamMapping) -> tuple[int, ...]:
         "linear_qkv.weight": (qkv, h),
         "linear_qkv.bias": (qkv,),
         "linear_proj.weight": (h, q),
+        "q_layernorm.weight": (d,),
+        "k_layernorm.weight": (d,),
         "linear_fc1.weight": (2 * ffn, h),
         "linear_fc1.bias": (2 * ffn,),
         "linear_fc2.weight": (h, ffn),

@@ -69,6 +69,15 @@ class ZeroCenteredRMSNorm(RMSNorm):
         return self.kernel(x.float(), 1 + self.weight.float(), self.eps).to(x.dtype)
 
 
+class HeadNorm(RMSNorm):
+    """RMSNorm of heads [s, b, heads, d]. Tensor-parallel ranks have different heads, so the gradient of its
+    weight is summed over them, as that of a norm is under sequence parallel."""
+
+    def __init__(self, config: GPTConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.weight.sequence_parallel = config.tensor_model_parallel_size > 1
+
+
 class DenseLinear(RowLinear):
     """Attention output projection with its own bias setting; megatron-core uses the MLP's setting."""
 
@@ -143,6 +152,7 @@ def transformer_config(
         add_qkv_bias=model.add_qkv_bias,
         add_dense_bias=model.add_dense_bias,
         add_mlp_bias=model.add_mlp_bias,
+        qk_layernorm=model.qk_layernorm,
         gated_linear_unit=True,
         activation_func=GELU if model.activation == "gelu-tanh" else F.silu,
         layernorm_zero_centered_gamma=model.zero_centered_norm,
@@ -226,7 +236,11 @@ def block_spec(config: GPTConfig, virtual_stage: int | None = None) -> Transform
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnLinear, core_attention=RotaryAttention, linear_proj=DenseLinear
+                    linear_qkv=ColumnLinear,
+                    core_attention=RotaryAttention,
+                    linear_proj=DenseLinear,
+                    q_layernorm=HeadNorm if config.qk_layernorm else None,
+                    k_layernorm=HeadNorm if config.qk_layernorm else None,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

@@ -82,5 +82,8 @@ class LegacyRankFileFormat(CheckpointFormat):
     name = "ascendspeed"
 
     def supports(self, family: str, direction: Direction) -> bool:
-        """True for reading families without experts, which the old programs did not have."""
-        return direction == "read" and not FAMILIES[family].has_experts
+        """True for reading families without experts and norms of heads, which the old programs did not
+        have."""
+        entry = FAMILIES[family]
+        has_new = entry.has_experts or entry.implicit_config.get("qk_layernorm", False)
+        return direction == "read" and not has_new

@@ -26,6 +26,7 @@ LAYERS = [
     "cli",
     "conversion",
     "training",
+    "planning",
     "inference",
     "loss_compare",
     "evaluation",
@@ -47,13 +48,21 @@ TORCH_FREE = [
     "cli.compat",
     "cli.train_args",
 ]
-TORCH_FREE += ["cli.launch", "inference.args", "inference.benchmark_report", "inference.stdin"]
+TORCH_FREE += [
+    "cli.launch",
+    "planning.command",
+    "planning.report",
+    "inference.args",
+    "inference.benchmark_report",
+    "inference.stdin",
+]
 MEGATRON = {
     "models.gpt",
     "models.lora.layers",
     "inference.engine",
     "distributed.process_groups",
     "training.engines.megatron",
+    "planning.fake_world",
     "data",
 }
 DEVICE_WORDS = {

@@ -62,6 +62,14 @@ def resolve(args: Sequence[str], world: int | None) -> tuple[Run, list[str]]:
     Raises UserError for everything that can be known to be wrong before a process group exists.
     """
     line = command.parse(TrainCommand, args, TRAIN, TrainCommand.__doc__ or "", dumps_later=True)
+    return resolve_line(line, world)
+
+
+def resolve_line(line: CommandLine[Any], world: int | None) -> tuple[Run, list[str]]:
+    """`resolve` of a parsed command line, whose options are those of `TrainCommand` and perhaps more.
+
+    Opens no file but the configuration in --load.
+    """
     options = line.options
     notes: list[str] = []
     train = _train_config(options.train, notes)
@@ -148,7 +156,7 @@ def _train_config(train: TrainConfig, notes: list[str]) -> TrainConfig:
 
 
 def _parallel_config(
-    line: CommandLine[TrainCommand], parallel: ParallelConfig, model: ModelConfig, notes: list[str]
+    line: CommandLine[Any], parallel: ParallelConfig, model: ModelConfig, notes: list[str]
 ) -> ParallelConfig:
     """Returns `parallel` with virtual stages by number, and without sequence parallel at TP 1."""
     layers = line.legacy.values.get("--num-layers-per-virtual-pipeline-stage")

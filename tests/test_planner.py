@@ -1,0 +1,65 @@
+"""Planner: sizes against calculations by hand, and against what real runs allocate."""
+
+import dataclasses
+import json
+
+import pytest
+from helpers import launch
+
+from ascendspeed.config.schema import ParallelConfig
+from ascendspeed.models import estimates, families
+from ascendspeed.planning import command, report
+from ascendspeed.utils.errors import UserError
+
+GIB = 2**30
+LAYERS = 2
+
+
+def planned(*words: object, code: int = 0) -> dict:
+    done = launch.script("tools/plan.py", "--json", *words)
+    assert done.returncode == code, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_model_states_of_megatron():
+    """18 bytes per parameter: weights 2, fp32 gradients 4, master 4 and moments 8."""
+    plan = planned("--model", "internlm2-7b", "--num-layers", LAYERS, "--bf16", "--device-memory", 8, code=1)
+    model = dataclasses.replace(families.preset("internlm2-7b"), num_layers=LAYERS)
+    count = estimates.parameters_per_device(model, ParallelConfig())
+    (rank,) = plan["ranks"]
+    for name, size in {"weights": 2, "gradients": 4, "optimizer": 12}.items():
+        # Buffers are padded to a few hundred bytes for every tensor.
+        assert rank["persistent"][name] == pytest.approx(count * size, rel=1e-5), name
+    assert rank["persistent"]["buffers"] < 2**24
+    assert plan["peak"] == sum(rank["at_peak"].values())
+    assert plan["fits"] is False
+
+
+def test_activations_and_logits():
+    """What a layer keeps per token in bf16 with flash attention, by hand; h 4096, f 14336, kv 1024."""
+    few, more = (planned("--model", "internlm2-7b", "--num-layers", n, "--bf16")["ranks"][0] for n in (1, 2))
+    h, f, kv = 4096, 14336, 1024
+    norms = 2 * (2 * h + 4)  # input, and 1 / rms in fp32
+    linears = 2 * (h + h + h + f)  # inputs of qkv, proj, fc1 and fc2
+    attention = 2 * (h + 2 * kv) + 2 * h + 4 * 32  # rotated q, k; v; output; log-sum-exp
+    swiglu = 2 * (2 * f + f)  # [gate; up], silu(gate)
+    per_token = norms + linears + attention + swiglu
+    difference = (more["at_peak"]["activations"] - few["at_peak"]["activations"]) / 2048
+    assert difference == pytest.approx(per_token, rel=0.1)
+    assert few["at_peak"]["logits"] == more["at_peak"]["logits"] >= 2048 * 92544 * 2
+
+
+def test_invalid_options():
+    for words, text in (
+        (["--devices", "0"], "--devices 0"),
+        (["--device-memory", "0"], "--device-memory 0"),
+        (["--deepspeed", "--zero-offload", "cpu"], "planner counts the memory of devices"),
+        (["--deepspeed", "--deepspeed_config", "x.json"], "leave the file out"),
+        (["--tp", "3", "--devices", "3"], "do not split over 3"),
+    ):
+        with pytest.raises(UserError, match=text):
+            command.resolve(words)
+
+
+def test_table():
+    assert report.aligned([("a", "bc"), ("10", "1")]) == " a  bc\n10   1"

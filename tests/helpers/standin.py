@@ -204,6 +204,7 @@ SCRIPTS: dict[str, Callable[[Flags], None]] = {
     "tools/lora/merge_lora.py": merge_lora,
     "tools/compare_loss.py": read_logs,
     "tools/perf_table.py": read_logs,
+    "tools/plan.py": lambda flags: None,  # reads nothing and writes nothing
     "tasks/inference/generate.py": answer,
     "tasks/inference/benchmark.py": answer,
     "tasks/inference/serve.py": answer,

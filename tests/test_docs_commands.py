@@ -26,7 +26,6 @@ from ascendspeed.evaluation.needle import NeedleCommand
 from ascendspeed.inference.args import GenerateCommand
 from ascendspeed.inference.serving.args import ServeCommand
 from ascendspeed.models.families import FAMILIES, PRESETS
-from ascendspeed.planning import command as plan_command
 from ascendspeed.utils.errors import UserError
 
 OTHER_MACHINES = ("ascend-toolkit",)
@@ -121,8 +120,6 @@ def parse(script: str, flags: list[str], world: int) -> None:
         train_args.resolve(flags, world)
     elif script in COMMANDS:
         command.parse(COMMANDS[script], flags, TABLES.get(script))
-    elif script == "tools/plan.py":
-        plan_command.resolve(flags)
     elif not script.startswith("benchmarks"):  # their flags are compared with --help by test_docs.py
         module = load_script(ROOT / script)
         options = module.BenchmarkCommand if script.endswith("benchmark.py") else module.Options

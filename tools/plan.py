@@ -1,37 +1,9 @@
-"""Plans a training run without starting it: memory of every rank that differs.
+"""Plans a training run without starting it; the script of `intern plan`."""
 
-python tools/plan.py --model internlm2-7b --devices 8 --device-memory 64 --bf16 --deepspeed --zero-stage 2
+from ascendspeed.commands.plan import PlanCommand as Options
+from ascendspeed.commands.plan import main, run_command
 
-All flags of pretrain_intern.py are legal. Nothing is allocated: the real engine runs on tensors without
-memory.
-"""
-
-import json
-import sys
-
-from ascendspeed.planning import command, report
-from ascendspeed.utils import errors
-
-
-def main() -> int:
-    """Runs the command. Exit code 1: the run does not fit into --device-memory."""
-    options, run, notes = command.resolve(sys.argv[1:])
-    from ascendspeed.distributed import device as devices
-
-    device = devices.prepare("cpu")
-    from ascendspeed.planning import memory_plan
-
-    plan = memory_plan.plan_memory(run, options.devices, device, options.kernels)
-    if options.json:
-        print(json.dumps(report.as_json(plan, options.device_memory)))
-    else:
-        for note in notes:
-            print(f"note: {note}")
-        print(report.memory_table(plan))
-        print(report.verdict(plan, options.device_memory))
-    fits = options.device_memory is None or plan.peak <= options.device_memory * report.GIB
-    return 0 if fits else 1
-
+__all__ = ["Options", "main", "run_command"]
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_command()

@@ -7,31 +7,76 @@ memory.
 """
 
 import json
+import logging
 import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from ascendspeed.planning import command, report
-from ascendspeed.planning.command import PlanCommand
+from ascendspeed.config.schema import Run
+from ascendspeed.planning import command, report, search
+from ascendspeed.planning.command import PlanCommand, PlanOptions
+from ascendspeed.planning.device_table import rates_of
+from ascendspeed.planning.time_estimate import estimate
 from ascendspeed.utils import errors
+
+if TYPE_CHECKING:
+    from ascendspeed.planning.memory_plan import MemoryPlan
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> int:
     """Runs the command. Exit code 1: the run does not fit into --device-memory."""
-    options, run, notes = command.resolve(sys.argv[1:])
-    from ascendspeed.distributed import device as devices
+    args = sys.argv[1:]
+    options = command.options_of(args)
+    return _search(args, options) if options.search else _plan(args)
 
-    device = devices.prepare("cpu")
-    from ascendspeed.planning import memory_plan
 
-    plan = memory_plan.plan_memory(run, options.devices, device, options.kernels)
+def _plan(args: Sequence[str]) -> int:
+    """Plans one layout."""
+    options, run, notes = command.resolve(args)
+    plan = _executor(options)(run)
+    time = estimate(run, options.devices, rates_of(options.device_type))
     if options.json:
-        print(json.dumps(report.as_json(plan, options.device_memory)))
+        print(json.dumps(report.as_json(plan, time, options)))
     else:
         for note in notes:
             print(f"note: {note}")
         print(report.memory_table(plan))
         print(report.verdict(plan, options.device_memory))
+        print("\n".join(report.estimate_lines(run, time, options)))
     fits = options.device_memory is None or plan.peak <= options.device_memory * report.GIB
     return 0 if fits else 1
+
+
+def _search(args: Sequence[str], options: PlanOptions) -> int:
+    """Ranks the layouts that fit."""
+    words = command.training_words(args)
+    if not {"--bf16", "--fp16"} & set(words):
+        words.append("--bf16")
+        logger.info("note: neither --bf16 nor --fp16 is given: --bf16 is added")
+
+    def resolve(flags: Sequence[str]) -> Run:
+        return command.resolve([*flags, "--devices", str(options.devices)])[1]
+
+    legal = search.candidates(words, options.devices, resolve, rates_of(options.device_type))
+    fitting, executed = search.fastest_that_fit(legal, options, _executor(options))
+    if options.json:
+        print(json.dumps(report.search_json(fitting, words, options)))
+    else:
+        print(f"{len(legal)} legal layouts; {executed} executed; fastest by estimate that fit:")
+        print(report.search_text(fitting, words, options))
+    return 0 if fitting else 1
+
+
+def _executor(options: PlanOptions) -> Callable[[Run], "MemoryPlan"]:
+    """Prepares the CPU; returns the function that plans the memory of a run."""
+    from ascendspeed.distributed import device as devices
+
+    device = devices.prepare("cpu")
+    from ascendspeed.planning import memory_plan
+
+    return lambda run: memory_plan.plan_memory(run, options.devices, device, options.kernels)
 
 
 def run_command() -> None:

@@ -1,16 +1,18 @@
 """Command line of tools/plan.py: the flags of training, and those of the plan."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed.cli import command
+from ascendspeed.cli import command, parser
 from ascendspeed.cli.compat import TRAIN
 from ascendspeed.cli.train_args import TrainCommand, resolve_line
 from ascendspeed.config.schema import Run
+from ascendspeed.planning.device_table import rates_of
 from ascendspeed.utils.errors import UserError
 
 
@@ -24,13 +26,22 @@ class PlanOptions:
     """Memory of one device in GiB; None: no limit is checked."""
     kernels: Literal["accelerator", "cpu"] = "accelerator"
     """Memory that kernels keep: those of torch on an accelerator, or those of a CPU."""
+    device_type: str = "h200"
+    """Device whose rates the estimate of the time uses."""
+    save_gb_s: float = 1.0
+    """GB/s at which all devices together write a checkpoint."""
+    search: bool = False
+    """Look for layouts: the fastest legal ones that fit into --device-memory, by estimated time."""
+    top: int = 3
+    """Layouts that a search returns."""
     json: bool = False
     """Print JSON instead of tables."""
 
 
 @dataclass(frozen=True)
 class PlanCommand(TrainCommand):
-    """Plans a training run without starting it: memory of every rank that differs.
+    """Plans a training run without starting it: memory of every rank that differs, and an estimate of the
+    time.
 
     python tools/plan.py --model internlm2-7b --devices 8 --bf16 --deepspeed --zero-stage 2
 
@@ -49,10 +60,7 @@ def resolve(args: Sequence[str]) -> tuple[PlanOptions, Run, list[str]]:
     line = command.parse(PlanCommand, args, TRAIN, PlanCommand.__doc__ or "")
     options = line.options
     plan = options.plan
-    if plan.devices < 1:
-        raise UserError(f"--devices {plan.devices} must be at least 1")
-    if plan.device_memory is not None and plan.device_memory <= 0:
-        raise UserError(f"--device-memory {plan.device_memory:g} must be above 0")
+    _check(plan)
     if options.preset.model and Path(options.preset.model).is_dir():
         folder = replace(options.train, load=options.preset.model)
         options = replace(options, preset=replace(options.preset, model=None), train=folder)
@@ -61,6 +69,43 @@ def resolve(args: Sequence[str]) -> tuple[PlanOptions, Run, list[str]]:
     run, notes = resolve_line(replace(line, options=options), plan.devices)
     check_supported(run)
     return plan, run, notes
+
+
+def options_of(args: Sequence[str]) -> PlanOptions:
+    """The options of the plan alone; the run may be incomplete."""
+    plan = command.parse(PlanCommand, args, TRAIN, PlanCommand.__doc__ or "").options.plan
+    _check(plan)
+    return plan
+
+
+def training_words(args: Sequence[str]) -> list[str]:
+    """The words of `args` without the flags of the plan."""
+    kinds = {parser.flag_of(f.name): f.type for f in fields(PlanOptions)}
+    words, is_value = [], False
+    for word in args:
+        flag, has_value, _ = word.partition("=")
+        name = flag.replace("_", "-")
+        if name in kinds:
+            is_value = not has_value and kinds[name] is not bool
+        elif is_value:
+            is_value = False
+        else:
+            words.append(word)
+    return words
+
+
+def _check(plan: PlanOptions) -> None:
+    """Raises `UserError` for a number out of its range."""
+    for name in ("devices", "top"):
+        if getattr(plan, name) < 1:
+            raise UserError(f"--{name} {getattr(plan, name)} must be at least 1")
+    for name in ("device_memory", "save_gb_s"):
+        value = getattr(plan, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{parser.flag_of(name)} {value:g} must be above 0")
+    rates_of(plan.device_type)
+    if plan.search and plan.device_memory is None:
+        raise UserError("--search needs --device-memory, the GiB of one device")
 
 
 def check_supported(run: Run) -> None:

@@ -57,7 +57,7 @@ def measure(
     `engine_of(run, grid)` builds the engine.
     """
     tracker = AllocationTracker(granularity)
-    tensors = fake_world.fake_tensors() if fake else contextlib.nullcontext()
+    tensors = fake_world.fake_tensors(run.parallel.deepspeed) if fake else contextlib.nullcontext()
     with fake_world.joined(device, run.parallel, world, rank) as grid:
         count = micro_batches(run, grid.dp)
         run = replace(
@@ -114,7 +114,7 @@ class Steps:
             tracker.relabel_live(old, "buffers")
         tracker.relabel(_gradients(self.engine, self.modules), "gradients")
         tracker.relabel((fragment.tensor for fragment in self.engine.fragments()), "optimizer")
-        tracker.relabel((p for module in self.modules for p in module.parameters()), "weights")
+        tracker.relabel(_weights(self.modules), "weights")
 
     def _watch(self, module: Any) -> None:
         """Labels allocations by the module whose forward pass runs."""
@@ -147,6 +147,15 @@ class Steps:
 
 def _named(sums: Counter[str]) -> dict[str, int]:
     return {name: sums[name] for name in CATEGORIES}
+
+
+def _weights(modules: list[Any]) -> Iterator[Tensor]:
+    """The parameters, and under ZeRO-3 this rank's part of them."""
+    for module in modules:
+        for parameter in module.parameters():
+            yield parameter
+            if isinstance(part := getattr(parameter, "ds_tensor", None), Tensor):
+                yield part
 
 
 def _gradients(engine: Any, modules: list[Any]) -> Iterator[Tensor]:

@@ -21,6 +21,7 @@ from ascendspeed.config.schema import ParallelConfig
 from ascendspeed.distributed import process_groups
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid
+from ascendspeed.planning import fake_deepspeed
 
 aten = torch.ops.aten
 
@@ -72,10 +73,13 @@ def joined(device: Device, parallel: ParallelConfig, world: int, rank: int) -> I
 
 
 @contextlib.contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Tensors without memory: every operation gives only its shape and type."""
+def fake_tensors(deepspeed: bool) -> Iterator[None]:
+    """Tensors without memory: every operation gives only its shape and type.
+
+    `deepspeed`: also for the DeepSpeed engine, whose import takes seconds.
+    """
     with contextlib.ExitStack() as stack:
-        for target, name, value in _replacements():
+        for target, name, value in [*_replacements(), *(fake_deepspeed.replacements() if deepspeed else ())]:
             stack.enter_context(patch.object(target, name, value))
         stack.callback(_clear_caches)
         _clear_caches()

@@ -53,11 +53,11 @@ def plan_rank(
     granularity = DEVICE_BLOCK if on_accelerator else 1
     with imitation:
         return fake_step.measure(
-            run, device, devices, rank, builder(device, _kernels(run, kernels)), granularity=granularity
+            run, device, devices, rank, builder(device, kernels_of(run, kernels)), granularity=granularity
         )
 
 
-def _kernels(run: Run, kernels: KernelChoice) -> Kernels:
+def kernels_of(run: Run, kernels: KernelChoice) -> Kernels:
     """The kernels that training selects where no optional package is installed."""
     if kernels == "cpu":
         return Kernels()

@@ -1,0 +1,135 @@
+"""Planner: legal layouts, the order of their estimates, commands to paste, and the model of the links."""
+
+import dataclasses
+import shlex
+from types import SimpleNamespace
+
+import pytest
+
+from ascendspeed.cli import train_args
+from ascendspeed.models import estimates
+from ascendspeed.planning import command, report, search
+from ascendspeed.planning.device_table import DEVICES, LATENCY, rates_of
+from ascendspeed.planning.links import Group, gather_seconds, reduce_seconds, send_seconds
+from ascendspeed.planning.time_estimate import estimate
+from ascendspeed.utils.errors import UserError
+
+H200 = rates_of("h200")
+CASES = {
+    "7B on 8": ("--model internlm2-7b --bf16 --global-batch-size 256", 8, 64),
+    "20B on 8": ("--model internlm2-20b --bf16 --global-batch-size 256", 8, 64),
+    "65B on 32": ("--model internlm-65b --bf16 --global-batch-size 128", 32, 64),
+}
+
+
+def legal(words: str, devices: int) -> list[search.Candidate]:
+    def resolve(flags):
+        return command.resolve([*flags, "--devices", str(devices)])[1]
+
+    return search.candidates(words.split(), devices, resolve, H200)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_commands_are_legal(name, monkeypatch):
+    """Training accepts every command that a search can print, and reads the planned run from it."""
+    words, devices, memory = CASES[name]
+    monkeypatch.setenv("WORLD_SIZE", str(devices))
+    found = [candidate for candidate in legal(words, devices) if search.can_fit(candidate, devices, memory)]
+    assert len(found) > 5
+    for candidate in found[:10]:
+        line = search.command_line(candidate, words.split(), devices)
+        flags = shlex.split(line.replace("$DATA", "data").replace("$TOKENIZER_PATH", "tokenizer"))
+        flags = flags[flags.index("pretrain_intern.py") + 1 :]
+        run, _ = train_args.resolve(flags, devices)
+        planned = dataclasses.replace(candidate.run, data=run.data)
+        assert run == planned
+        assert ("CUDA_DEVICE_MAX_CONNECTIONS" in line) == (run.parallel.tensor_model_parallel_size > 1)
+
+
+def test_illegal_layouts_are_left_out():
+    sizes = {c.run.parallel.tensor_model_parallel_size for c in legal("--model internlm2-7b --bf16", 8)}
+    assert sizes == {1, 2, 4, 8}
+    fixed = legal("--model internlm2-7b --bf16 --tp 2 --sequence-parallel --micro-batch-size 2", 8)
+    assert {c.run.parallel.tensor_model_parallel_size for c in fixed} == {2}
+    assert {c.run.train.micro_batch_size for c in fixed} == {2}
+    with pytest.raises(UserError, match="no layout of 8 devices is legal"):
+        legal("--model internlm2-7b --bf16 --global-batch-size 3", 8)
+
+
+def test_fastest_that_fit():
+    """A search executes in the order of the estimate and stops when it has enough."""
+    words, devices, memory = CASES["7B on 8"]
+    candidates = legal(words, devices)
+    steps = [candidate.time.step for candidate in candidates]
+    assert steps == sorted(steps)
+    options = command.options_of(
+        [*words.split(), "--devices", "8", "--device-memory", "64", "--search", "--top", "2"]
+    )
+    executed = []
+
+    def plan(run):
+        executed.append(run)
+        return SimpleNamespace(peak=(100 if len(executed) == 1 else 60) * 2**30)
+
+    fitting, count = search.fastest_that_fit(candidates, options, plan)
+    possible = [c.run for c in candidates if search.can_fit(c, devices, memory)]
+    assert executed == possible[:3]
+    assert (len(fitting), count) == (2, 3)
+    assert "torchrun --nproc_per_node 8" in report.search_text(fitting, words.split(), options)
+    assert [row["peak"] for row in report.search_json(fitting, words.split(), options)] == [60 * 2**30] * 2
+    assert "none fits" in report.search_text([], words.split(), options)
+
+
+def test_words_of_training():
+    words = "--model a --devices 8 --json --device-memory=64 --tp 2 --search --top 3".split()  # noqa: SIM905
+    assert command.training_words(words) == ["--model", "a", "--tp", "2"]
+
+
+def test_search_needs_a_memory():
+    for words, text in (
+        (["--search"], "--search needs --device-memory"),
+        (["--device-type", "abacus"], "has no rates; choose from h200"),
+        (["--top", "0"], "--top 0"),
+    ):
+        with pytest.raises(UserError, match=text):
+            command.options_of(words)
+
+
+def test_links():
+    """By hand: a ring moves (n - 1) / n of the bytes; between nodes, one adapter per rank of the node."""
+    inner, outer = Group(8, 1), Group(4, 8)
+    assert gather_seconds(8e9, inner, H200) == pytest.approx(7e9 / 450e9 + 3 * LATENCY)
+    assert gather_seconds(8e9, outer, H200) == pytest.approx(6e9 / 50e9 + 2 * LATENCY)
+    assert gather_seconds(8e9, Group(16, 1), H200) == pytest.approx(7.5e9 / 400e9 + 4 * LATENCY)
+    assert reduce_seconds(8e9, inner, H200) == 2 * gather_seconds(8e9, inner, H200)
+    assert send_seconds(1e9, outer, H200) == pytest.approx(1e9 / 50e9 + LATENCY)
+    assert gather_seconds(8e9, Group(1, 1), H200) == send_seconds(1, Group(1, 1), H200) == 0
+
+
+def test_estimate():
+    """One H200: the roofline of the products alone, and pointwise operations and gradients on top."""
+    _, run, _ = command.resolve(["--model", "internlm-7b", "--bf16", "--global-batch-size", "256"])
+    time = estimate(run, 1, H200)
+    flops = estimates.flops_per_token(run.model, 2048)
+    products = flops * 256 * 2048 / 788e12
+    assert products < time.compute < 1.5 * products
+    assert time.exchange == time.replicas == time.bubble == 0
+    assert time.mfu == pytest.approx(flops * time.tokens_per_s / 989e12)
+    _, more, _ = command.resolve(
+        ["--model", "internlm-7b", "--bf16", "--global-batch-size", "256", "--recompute-granularity", "full"]
+    )
+    assert estimate(more, 1, H200).compute > 1.25 * products + 0.9 * (time.compute - products)
+
+
+def test_bubble():
+    """(PP - 1) / micro-batches of the rest, and half of it with two virtual stages."""
+    words = "--model internlm2-7b --bf16 --pp 4 --global-batch-size 64 --devices 4"
+    plain, interleaved = (
+        estimate(command.resolve([*words.split(), "--vpp", str(vpp)])[1], 4, H200) for vpp in (1, 2)
+    )
+    assert plain.bubble == pytest.approx(3 / 64 * (plain.compute + plain.exchange))
+    assert interleaved.bubble == pytest.approx(plain.bubble / 2, rel=0.1)
+
+
+def test_sources():
+    assert all(rates.source and rates.ceiling_tflops <= rates.tflops for rates in DEVICES.values())

@@ -37,7 +37,7 @@ def test_model_states_of_megatron():
 
 
 def test_activations_and_logits():
-    """What a layer keeps per token in bf16 with flash attention, by hand; h 4096, f 14336, kv 1024."""
+    """A layer keeps so much per token in bf16 with flash attention, by hand; h 4096, f 14336, kv 1024."""
     few, more = (planned("--model", "internlm2-7b", "--num-layers", n, "--bf16")["ranks"][0] for n in (1, 2))
     h, f, kv = 4096, 14336, 1024
     norms = 2 * (2 * h + 4)  # input, and 1 / rms in fp32

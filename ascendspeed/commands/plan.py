@@ -55,11 +55,8 @@ def _search(args: Sequence[str], options: PlanOptions) -> int:
     if not {"--bf16", "--fp16"} & set(words):
         words.append("--bf16")
         logger.info("note: neither --bf16 nor --fp16 is given: --bf16 is added")
-
-    def resolve(flags: Sequence[str]) -> Run:
-        return command.resolve([*flags, "--devices", str(options.devices)])[1]
-
-    legal = search.candidates(words, options.devices, resolve, rates_of(options.device_type))
+    base, typed = command.resolve_base(words)
+    legal = search.candidates(base, typed, options.devices, rates_of(options.device_type))
     fitting, executed = search.fastest_that_fit(legal, options, _executor(options))
     if options.json:
         print(json.dumps(report.search_json(fitting, words, options)))

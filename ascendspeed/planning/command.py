@@ -9,6 +9,7 @@ from typing import Literal
 from tyro.conf import FlagCreatePairsOff
 
 from ascendspeed.cli import command, parser
+from ascendspeed.cli.command import CommandLine
 from ascendspeed.cli.compat import TRAIN
 from ascendspeed.cli.train_args import TrainCommand, resolve_line
 from ascendspeed.config.schema import Run
@@ -57,18 +58,32 @@ def resolve(args: Sequence[str]) -> tuple[PlanOptions, Run, list[str]]:
 
     Raises `UserError` for what training would refuse before it opens files.
     """
+    line = _parse(args)
+    plan = line.options.plan
+    _check(plan)
+    run, notes = resolve_line(line, plan.devices)
+    check_supported(run)
+    return plan, run, notes
+
+
+def resolve_base(args: Sequence[str]) -> tuple[Run, frozenset[str]]:
+    """Returns the run that `args` describe for any number of devices, and the fields that they set."""
+    line = _parse(args)
+    run, _ = resolve_line(line, None)
+    check_supported(run)
+    return run, line.typed
+
+
+def _parse(args: Sequence[str]) -> CommandLine[PlanCommand]:
+    """Parses `args`; a --model that is a folder becomes --load."""
     line = command.parse(PlanCommand, args, TRAIN, PlanCommand.__doc__ or "")
     options = line.options
-    plan = options.plan
-    _check(plan)
     if options.preset.model and Path(options.preset.model).is_dir():
         folder = replace(options.train, load=options.preset.model)
         options = replace(options, preset=replace(options.preset, model=None), train=folder)
     if not options.data.data_path:  # a plan needs no data
         options = replace(options, data=replace(options.data, data_path=("unused",)))
-    run, notes = resolve_line(replace(line, options=options), plan.devices)
-    check_supported(run)
-    return plan, run, notes
+    return replace(line, options=options)
 
 
 def options_of(args: Sequence[str]) -> PlanOptions:

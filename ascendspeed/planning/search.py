@@ -1,17 +1,19 @@
 """Search for a layout: the legal ones by estimated speed, and the memory of the fastest by execution. No
 torch.
 
-Legality is decided by the checks of training: a layout is a command line that `resolve` accepts.
+Legality is decided by the check that training has (`cli.validation`).
 """
 
 import itertools
 import logging
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ascendspeed.config.schema import ModelConfig, ParallelConfig, Run
+from ascendspeed.cli import validation
+from ascendspeed.cli.parser import flag_of
+from ascendspeed.config.schema import ModelConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.models import estimates
 from ascendspeed.planning.command import PlanOptions
 from ascendspeed.planning.device_table import NODE, DeviceRates
@@ -20,13 +22,15 @@ from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-Resolve = Callable[[Sequence[str]], Run]
-"""Flags of training -> the run; raises `UserError` if it is illegal."""
+Changes = dict[str, Any]
+"""Field of `ParallelConfig` or `TrainConfig` -> value."""
+SAMPLES = 32
+"""Samples of a step for each device, if the command line does not set the global batch."""
 
 KEPT_PER_TOKEN = (17, 6)
 """Least bytes of a layer's activations per token, per hidden and per FFN width, for leaving out layouts that
 cannot fit; half of what a layer of InternLM-7B keeps."""
-ROOM = 1.02
+SLACK = 1.02
 """Layouts whose model states and least activations exceed the memory by this factor are not executed."""
 
 
@@ -48,51 +52,83 @@ class Candidate:
         return variables
 
 
-def candidates(typed: Sequence[str], devices: int, resolve: Resolve, device: DeviceRates) -> list[Candidate]:
-    """All legal layouts for the flags `typed`, fastest first; flags that are typed are not varied."""
-    found: dict[Run, Candidate] = {}
-    reasons: list[str] = []
-    for flags in _flag_sets(typed, devices):
+def candidates(base: Run, typed: frozenset[str], devices: int, device: DeviceRates) -> list[Candidate]:
+    """All legal layouts of the run `base`, fastest first; fields that are `typed` are not varied."""
+    found: list[Candidate] = []
+    reason = ""
+    for changes in _variations(base, typed, devices):
+        run = _with(base, changes)
         try:
-            run = resolve([*flags, *typed])
+            validation.check_run(run, devices)
         except UserError as error:
-            reasons.append(str(error))
+            reason = str(error)
             continue
-        if run not in found:
-            found[run] = Candidate(flags, run, estimate(run, devices, device))
+        found.append(Candidate(_flags(changes), run, estimate(run, devices, device)))
     if not found:
-        raise UserError(f"no layout of {devices} devices is legal; the last one: {reasons[-1]}")
-    return sorted(found.values(), key=lambda candidate: candidate.time.step)
+        raise UserError(f"no layout of {devices} devices is legal; the last one: {reason}")
+    return sorted(found, key=lambda candidate: candidate.time.step)
 
 
-def _flag_sets(typed: Sequence[str], devices: int) -> Iterator[tuple[str, ...]]:
-    """Flags of every layout to try."""
-    given = {word.partition("=")[0].replace("_", "-") for word in typed if word.startswith("--")}
+def _variations(base: Run, typed: frozenset[str], devices: int) -> Iterator[Changes]:
+    """Fields of every layout to try."""
     sizes = [size for size in (1, 2, 4, 8, 16) if devices % size == 0]
-    engines: list[tuple[str, ...]] = [("--deepspeed", "--zero-stage", str(stage)) for stage in (1, 2, 3)]
-    pipelines = ((size, virtual) for size in sizes for virtual in ((1, 2) if size > 1 else (1,)))
-    engines += [
-        ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
-        + (("--pp", str(pp), "--vpp", str(virtual)) if pp > 1 else ())
-        for pp, virtual in pipelines
+    axes = [
+        _engines(base, typed, sizes),
+        _axis("tensor_model_parallel_size", [size for size in sizes if size <= NODE], typed),
+        _axis("micro_batch_size", (1, 2, 4), typed),
+        _axis("recompute_granularity", ("none", "full"), typed),
     ]
-    if given & {"--deepspeed", "--zero-stage"}:
-        engines = [()] if "--zero-stage" in given else [words[1:] for words in engines[:3]]
-    tensors = [
-        () if size == 1 else ("--tp", str(size), "--sequence-parallel") for size in sizes if size <= NODE
+    for parts in itertools.product(*axes):
+        changes = {name: value for part in parts for name, value in part.items()}
+        if changes.get("tensor_model_parallel_size", 1) > 1 and "sequence_parallel" not in typed:
+            changes["sequence_parallel"] = True
+        if "global_batch_size" not in typed:
+            changes["global_batch_size"] = SAMPLES * devices
+        yield changes
+
+
+def _engines(base: Run, typed: frozenset[str], sizes: Sequence[int]) -> list[Changes]:
+    """ZeRO stages of DeepSpeed, and pipelines of Megatron-core's engine with the distributed optimizer."""
+    stages = _axis("zero_stage", (1, 2, 3), typed)
+    pipelines = [
+        {"pipeline_model_parallel_size": size, "num_virtual_stages_per_pipeline_rank": virtual}
+        for size in sizes
+        for virtual in ((1, 2) if size > 1 else (1,))
     ]
-    batches: list[tuple[str, ...]] = [("--micro-batch-size", str(size)) for size in (1, 2, 4)]
-    recomputations: list[tuple[str, ...]] = [(), ("--recompute-granularity", "full")]
-    if given & {"--tp", "--tensor-model-parallel-size"}:
-        tensors = [()]
-    if "--micro-batch-size" in given:
-        batches = [()]
-    if "--recompute-granularity" in given:
-        recomputations = [()]
-    if "--global-batch-size" not in given:
-        batches = [(*words, "--global-batch-size", str(32 * devices)) for words in batches]
-    for parts in itertools.product(engines, tensors, batches, recomputations):
-        yield tuple(itertools.chain.from_iterable(parts))
+    if typed & {"pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"}:
+        pipelines = [{}]
+    sharded = {
+        name: True
+        for name in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+        if name not in typed
+    }
+    own = [] if base.parallel.deepspeed else [sharded | pipeline for pipeline in pipelines]
+    return [{"deepspeed": True} | stage for stage in stages] + own
+
+
+def _axis(name: str, values: Sequence[Any], typed: frozenset[str]) -> list[Changes]:
+    return [{}] if name in typed else [{name: value} for value in values]
+
+
+def _with(run: Run, changes: Changes) -> Run:
+    groups = {}
+    for group in ("parallel", "train"):
+        settings = getattr(run, group)
+        own = {name: value for name, value in changes.items() if hasattr(settings, name)}
+        groups[group] = replace(settings, **own)
+    return replace(run, **groups)
+
+
+def _flags(changes: Changes) -> tuple[str, ...]:
+    """Flags of the changes that are not the default."""
+    defaults = vars(ParallelConfig()) | vars(TrainConfig())
+    words: list[str] = []
+    for name, value in changes.items():
+        if value is True:
+            words.append(flag_of(name))
+        elif value != defaults[name] or name == "zero_stage":
+            words += [flag_of(name), str(value)]
+    return tuple(words)
 
 
 @dataclass(frozen=True)
@@ -138,7 +174,7 @@ def can_fit(candidate: Candidate, devices: int, memory: float) -> bool:
         run.model, sharded, replicas, run.optim.dtype, fp32_gradients=True, lora=run.lora
     )
     least = states.total + _least_activations(run)
-    return least <= memory * 2**30 * ROOM
+    return least <= memory * 2**30 * SLACK
 
 
 def _least_activations(run: Run) -> float:

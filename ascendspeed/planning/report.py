@@ -84,7 +84,7 @@ def search_text(fitting: Sequence[Fitting], words: Sequence[str], options: PlanO
     commands = []
     for number, found in enumerate(fitting, 1):
         time = found.candidate.time
-        numbers = f"{found.peak / GIB:.1f}", f"{time.tokens_per_s:,.0f}", f"{time.mfu:.0%}"
+        numbers = f"{found.peak / GIB:.2f}", f"{time.tokens_per_s:,.0f}", f"{time.mfu:.0%}"
         rows.append((str(number), *numbers, " ".join(found.candidate.flags)))
         commands += ["", f"{number}:", command_line(found.candidate, words, options.devices)]
     return "\n".join([aligned(rows), *commands])

@@ -153,7 +153,7 @@ def fastest_that_fit(
             continue
         executed += 1
         peak = plan(candidate.run).peak
-        logger.info(f"{peak / 2**30:.1f} GiB: {' '.join(candidate.flags)}")
+        logger.info(f"{peak / 2**30:.2f} GiB: {' '.join(candidate.flags)}")
         if peak <= memory * 2**30:
             fitting.append(Fitting(candidate, peak))
         if len(fitting) == options.top:

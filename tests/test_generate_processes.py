@@ -224,32 +224,27 @@ def test_front_of_the_table(shell):
         assert output.startswith("error: usage")
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [("--batch-size", "1"), pytest.param(("--task", "chat"), marks=pytest.mark.slow)],
-    ids=["prompts", "chat"],
-)
-def test_closed_stdout(folder, flags):
+@pytest.mark.parametrize("flags", [("--batch-size", "1"), ("--task", "chat")], ids=["prompts", "chat"])
+def test_closed_stdout(folder, flags, tmp_path):
     """`| head -1`: no traceback, and the exit code of a closed pipe."""
-    command = [
-        sys.executable,
-        str(launch.ROOT / "tasks/inference/generate.py"),
-        "--load",
-        str(folder),
-        "--device",
-        "cpu",
-        *flags,
-    ]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        [*command, "--max-new-tokens", "1"], env=launch.environment(), stdin=pipe, stdout=pipe, stderr=pipe
+    pipe, errors, questions = (tmp_path / name for name in ("pipe", "errors", "questions"))
+    os.mkfifo(pipe)
+    questions.write_text("one\ntwo\n")
+    program = tmp_path / "program.py"  # a fork has the stdout of its server, which is a file
+    program.write_text(f"""
+import runpy, sys
+sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
+runpy.run_path({str(launch.ROOT / "tasks/inference/generate.py")!r}, run_name="__main__")
+""")
+    words = ["--load", str(folder), "--device", "cpu", *flags, "--max-new-tokens", "1"]
+    process = forkserver.start_script(
+        program, words, launch.environment(), pipe, launch.ROOT, errors, questions
     )
-    process.stdout.close()
-    process.stdout = None
-    _, errors = process.communicate(b"one\ntwo\n", timeout=300)
-    assert process.returncode == 128 + signal.SIGPIPE, errors
-    assert b"Traceback" not in errors
-    assert b"BrokenPipe" not in errors
+    os.close(os.open(pipe, os.O_RDONLY))  # opens when the process does, and leaves before it writes
+    process.join(300)
+    assert process.exitcode == 128 + signal.SIGPIPE, errors.read_text()
+    assert "Traceback" not in errors.read_text()
+    assert "BrokenPipe" not in errors.read_text()
 
 
 def test_a_mistake_is_one_line_and_code_2(folder):

@@ -12,7 +12,7 @@ from ascendspeed.config import lr_schedule
 from ascendspeed.models import param_mapping
 
 STEPS = 5
-NAMES = ("internlm3-bias", "qwen2-tied", "baichuan", "gemma")
+NAMES = ("internlm3-bias", "qwen2-tied", "baichuan", "gemma", "llama3.1")
 ODD = ("baichuan", "gemma")  # whose forward pass does more with a weight than multiply by it
 
 
@@ -48,6 +48,13 @@ def test_losses_equal_hugging_face_under_tensor_and_sequence_parallel(expected, 
     cases = {f"{name}, zero 2": case(expected, name, 2) for name in NAMES}
     cases |= {f"{name}, zero {stage}": case(expected, name, stage) for name in ODD for stage in (0, 3)}
     cases["gemma, control: embeddings not scaled"] = case(expected, "gemma", 2, scale_embeddings=False)
+    cases["llama3.1, control: frequencies not scaled"] = case(
+        expected,
+        "llama3.1",
+        2,
+        rope_scaling_type="linear",
+        rope_scaling_factor=1.0,
+    )
     cases["baichuan, control: head as it is"] = case(expected, "baichuan", 2, normalize_head=False)
     for name, curve in run_cases("tp2-dp1", cases, tmp_path, STEPS, train_iters=STEPS).items():
         losses, norms = worst(curve, expected[name.partition(",")[0]][1])

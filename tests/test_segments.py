@@ -394,7 +394,7 @@ def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout
         torch.testing.assert_close(actual, right, rtol=0, atol=1e-5 if dropout else 1e-12)
 
 
-@pytest.mark.parametrize("scaling", ["none", "linear", "dynamic"])
+@pytest.mark.parametrize("scaling", ["none", "linear", "dynamic", "llama3"])
 def test_documents_are_turned_as_if_alone(cpu, scaling):
     """And the tables are made once for all layers."""
     from ascendspeed.models.gpt.context_parallel import WHOLE_SEQUENCE, SequenceShard
@@ -402,7 +402,14 @@ def test_documents_are_turned_as_if_alone(cpu, scaling):
     from ascendspeed.models.gpt.rope import Rope
 
     rope, rows = (
-        Rope(replace(INTERNLM, rope_scaling_type=scaling, rope_scaling_factor=2.0)),
+        Rope(
+            replace(
+                INTERNLM,
+                rope_scaling_type=scaling,
+                rope_scaling_factor=2.0,
+                rope_original_max_position_embeddings=16,
+            )
+        ),
         ([40, 8], [3, 20, 24, 1]),
     )
     packed_rows, here = packed_sequences_of(positions(*rows)), torch.device("cpu")

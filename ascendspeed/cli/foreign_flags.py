@@ -82,7 +82,12 @@ _MEGATRON = (
         "models have rotary embeddings over the whole head: --rotary-base, --rope-scaling-type, "
         "--rope-scaling-factor",
         "--use-rotary-position-embeddings --rotary-percent --rotary-interleaved "
-        "--rotary-seq-len-interpolation-factor --rope-type --use-rope-scaling --no-position-embedding",
+        "--rotary-seq-len-interpolation-factor --rope-type --no-position-embedding",
+    ),
+    (
+        "--rope-scaling-type llama3 --rope-scaling-factor 8 --rope-original-max-position-embeddings 8192, "
+        "or a --load whose config.json says it",
+        "--use-rope-scaling",
     ),
     (
         "biases are chosen one by one: --no-add-qkv-bias, --no-add-dense-bias, --no-add-mlp-bias",

@@ -12,6 +12,7 @@ from ascendspeed.config.pipeline_stages import pipeline_stage_layers
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, Run
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.families.base import check_experts, check_heads
+from ascendspeed.models.families.rope_config import check_rope
 from ascendspeed.utils.errors import UserError
 
 Rule = tuple[str, Callable[[Any], bool]]
@@ -28,10 +29,10 @@ RANGES: dict[str, dict[Rule, str]] = {
     "model": {
         AT_LEAST_1: "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
         "vocab_size max_position_embeddings num_experts moe_router_topk moe_ffn_hidden_size "
-        "moe_shared_expert_intermediate_size",
+        "moe_shared_expert_intermediate_size rope_original_max_position_embeddings",
         BELOW_2_31: "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels vocab_size "
         "max_position_embeddings num_experts moe_ffn_hidden_size moe_shared_expert_intermediate_size",
-        POSITIVE: "norm_epsilon rotary_base rope_scaling_factor",
+        POSITIVE: "norm_epsilon rotary_base rope_scaling_factor rope_low_freq_factor rope_high_freq_factor",
         NOT_NEGATIVE: "init_method_std moe_aux_loss_coeff moe_z_loss_coeff",
     },
     "parallel": {
@@ -125,6 +126,7 @@ def _check_model(run: Run) -> None:
     model = run.model
     parallel = run.parallel
     check_heads(model)
+    check_rope(model)
     schema.check_tensor_parallel(model, parallel.tensor_model_parallel_size)
     pipeline_stage_layers(model.num_layers, parallel)
     _check_head_exchange(model, parallel)

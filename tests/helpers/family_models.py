@@ -25,5 +25,7 @@ MODELS = {name: shrunk(model) for name, model in TINY.items()} | {
     "internlm3-bias-but-qkv": shrunk(TINY["internlm3"], add_dense_bias=True, add_mlp_bias=True),
     "llama-bias": shrunk(TINY["llama"], add_qkv_bias=True, add_dense_bias=True, add_mlp_bias=True,
         rope_scaling_type="linear", rope_scaling_factor=4.0),
+    "llama3.1": shrunk(TINY["llama"], rope_scaling_type="llama3", rope_scaling_factor=8.0,
+        rope_original_max_position_embeddings=24, rope_high_freq_factor=3.0),
     "qwen2-tied": shrunk(TINY["qwen2"], tie_embeddings=True),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models.families import quantization_config
 from ascendspeed.models.families.gguf_names import GgufArchitecture
-from ascendspeed.models.families.rope_config import read_rope, write_rope
+from ascendspeed.models.families.rope_config import check_rope, read_rope, write_rope
 from ascendspeed.utils.errors import UserError
 
 Fusion = Literal["one", "qkv", "glu"]
@@ -171,6 +171,7 @@ class Family:
         config = ModelConfig(family=self.name, **{**self.implicit_config, **values, **rope})
         check_heads(config)
         check_experts(config)
+        check_rope(config)
         return config
 
     def _read_entry(self, mapping: ConfigMapping, config_json: Mapping[str, Any]) -> Any:

@@ -18,13 +18,20 @@ SETTINGS = {
     "factor": "factor",
     "scaling_factor": "factor",
     "partial_rotary_factor": "part",
+    "low_freq_factor": "low",
+    "high_freq_factor": "high",
+    "original_max_position_embeddings": "original",
 }
 """Name of an entry -> the setting it holds."""
-ORIGINAL_LENGTH = "original_max_position_embeddings"
-"""Entry that transformers write for some types; it changes nothing where it is max_position_embeddings."""
+LLAMA3_FIELDS = {
+    "original": "rope_original_max_position_embeddings",
+    "low": "rope_low_freq_factor",
+    "high": "rope_high_freq_factor",
+}
+"""Setting that only the type llama3 has -> field of `ModelConfig`."""
 TOP_LEVEL = ("rope_theta", "scaling_factor", "partial_rotary_factor")
 """Entries that may also be at the top level of config.json."""
-KINDS = ("default", "linear", "dynamic")
+KINDS = ("default", "linear", "dynamic", "llama3")
 
 
 def read_rope(config_json: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,13 +40,11 @@ def read_rope(config_json: Mapping[str, Any], default: Mapping[str, Any]) -> dic
 
     Raises `UserError` for unknown, ill-typed, contradictory or incomplete entries.
     """
-    entries: dict[str, dict[str, Any]] = {"kind": {}, "base": {}, "factor": {}, "part": {}}
+    entries: dict[str, dict[str, Any]] = {setting: {} for setting in SETTINGS.values()}
     unknown = {}
     for path, name, value in _entries(config_json):
         if name in SETTINGS:
             entries[SETTINGS[name]][path] = value
-        elif name == ORIGINAL_LENGTH and value == config_json.get("max_position_embeddings"):
-            continue  # a repetition of the trained length
         elif value != 1:
             unknown[path] = value
     kind = _agreed(entries["kind"], default.get("type", "default"))
@@ -49,7 +54,7 @@ def read_rope(config_json: Mapping[str, Any], default: Mapping[str, Any]) -> dic
         raise UserError(
             f"config.json: rope setting {_listed(unknown)} is not supported, only {', '.join(SETTINGS)}"
         )
-    for path, value in (entries["base"] | entries["factor"] | entries["part"]).items():
+    for path, value in [pair for name in entries if name != "kind" for pair in entries[name].items()]:
         if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise UserError(f"config.json: {path} = {value!r} is not a positive number")
     base = _agreed(entries["base"], default.get("base", 10000.0))
@@ -62,7 +67,55 @@ def read_rope(config_json: Mapping[str, Any], default: Mapping[str, Any]) -> dic
         "rotary_base": float(base),
         "rope_scaling_type": "none" if kind == "default" else kind,
         "rope_scaling_factor": factor,
+        **_llama3_fields(kind, entries, config_json.get("max_position_embeddings")),
     }
+
+
+def _llama3_fields(
+    kind: str, entries: Mapping[str, Mapping[str, Any]], trained_length: Any
+) -> dict[str, float | int]:
+    """Fields that only the type llama3 has. Raises `UserError` if one is missing, or belongs to no type."""
+    if kind == "llama3":
+        missing = [
+            name for name, setting in SETTINGS.items() if setting in LLAMA3_FIELDS and not entries[setting]
+        ]
+        if missing:
+            raise UserError(f"config.json: rope scaling 'llama3' lacks {' and '.join(missing)}")
+        low, high, original = (_agreed(entries[setting], None) for setting in ("low", "high", "original"))
+        if type(original) is not int:
+            raise UserError(f"config.json: {_listed(entries['original'])} is not a whole number")
+        fields = {"low": float(low), "high": float(high), "original": original}
+        return {LLAMA3_FIELDS[setting]: value for setting, value in fields.items()}
+    # transformers write the original length for some types; it changes nothing where it is the trained one.
+    original = {path: value for path, value in entries["original"].items() if value != trained_length}
+    if others := original | dict(entries["low"]) | dict(entries["high"]):
+        raise UserError(
+            f"config.json: rope setting {_listed(others)} is supported for rope scaling 'llama3' only"
+        )
+    return {}
+
+
+def check_rope(config: ModelConfig) -> None:
+    """Raises `UserError` for settings of the type llama3 that are missing or contradictory, or that another
+    type does not use."""
+    default = ModelConfig()
+    if config.rope_scaling_type != "llama3":
+        for name in LLAMA3_FIELDS.values():
+            if getattr(config, name) != getattr(default, name):
+                raise UserError(
+                    f"{name} = {getattr(config, name)} is for rope scaling llama3 only, "
+                    f"not for {config.rope_scaling_type}"
+                )
+        return
+    if config.rope_original_max_position_embeddings is None:
+        raise UserError(
+            "rope scaling llama3 needs rope_original_max_position_embeddings (8192 in Llama 3.1 and 3.2)"
+        )
+    if config.rope_low_freq_factor >= config.rope_high_freq_factor:
+        raise UserError(
+            f"rope_low_freq_factor {config.rope_low_freq_factor} is not below rope_high_freq_factor "
+            f"{config.rope_high_freq_factor}"
+        )
 
 
 def _entries(config_json: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
@@ -94,7 +147,7 @@ def _factor(kind: str, entries: Mapping[str, Any], default: Mapping[str, Any]) -
         if factor not in (None, 1):
             raise UserError(
                 f"config.json: {_listed(entries)}, but no rope scaling that it belongs to: "
-                "type linear or dynamic"
+                "type linear, dynamic or llama3"
             )
         return 1.0
     if factor is None:
@@ -114,6 +167,11 @@ def write_rope(config: ModelConfig, spelling: str) -> dict[str, Any]:
     if spelling == "rotary":
         rotary: dict[str, Any] = {"base": config.rotary_base, "type": "origin" if kind == "none" else kind}
         return {"rotary": rotary | ({} if factor == 1.0 else {"scaling_factor": factor})}
+    if kind == "llama3":  # transformers have it since 4.43, with `rope_type`
+        scaling = {"rope_type": kind, "factor": factor}
+        names = {setting: name for name, setting in SETTINGS.items()}
+        scaling |= {names[setting]: getattr(config, field) for setting, field in LLAMA3_FIELDS.items()}
+        return {"rope_theta": config.rotary_base, "rope_scaling": scaling}
     # Every version of transformers reads `type`; versions before 4.43, and InternLM2's own code, refuse a
     # third entry (`rope_type`).
     return {

@@ -1,5 +1,6 @@
-"""Rotary position embedding: plain, linearly scaled, or dynamic NTK."""
+"""Rotary position embedding: plain, linearly scaled, dynamic NTK, or scaled as in Llama 3.1."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,16 @@ def rope_base(model: ModelConfig, length: int) -> float:
     return base
 
 
+def scale_low_frequencies(model: ModelConfig, frequencies: Tensor) -> Tensor:
+    """Frequencies of Llama 3.1: those that turn less than `rope_low_freq_factor` times over the original
+    length are divided by the factor, those that turn more than `rope_high_freq_factor` times stay, and those
+    between are interpolated."""
+    low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
+    turns = model.rope_original_max_position_embeddings / (2 * math.pi / frequencies)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / model.rope_scaling_factor + kept * frequencies
+
+
 @dataclass(eq=False)
 class Rope:
     """Tables of cos and sin, shared by all layers; the tables of the last few lengths are cached."""
@@ -35,6 +46,8 @@ class Rope:
         """1 / base^(2i/d), fp32 [d/2]; `base`: see `rope_base`."""
         model, d, base = self.model, self.model.head_dim, rope_base(self.model, length)
         frequencies = 1.0 / base ** (torch.arange(0, d, 2, dtype=torch.int64, device="cpu").float() / d)
+        if model.rope_scaling_type == "llama3":
+            return scale_low_frequencies(model, frequencies)
         return frequencies / model.rope_scaling_factor if model.rope_scaling_type == "linear" else frequencies
 
     def tables(

@@ -22,6 +22,7 @@ from ascendspeed.conversion.output_files import PreallocatedFile, Specs
 from ascendspeed.conversion.write import PlannedFile, cast
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, REFERENCE
+from ascendspeed.models.gpt.rope import Rope
 from ascendspeed.models.param_mapping import StoredTensor
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import ChatFormat, to_jinja
@@ -46,6 +47,8 @@ TORCH_TYPES = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 NUMPY_TYPES = {2: np.dtype(np.float16), 4: np.dtype(np.float32)}
+ROPE_FACTORS = "rope_freqs.weight"
+"""Tensor of llama.cpp for the scaling of Llama 3.1, which its metadata do not have."""
 PROGRAMS = ("llama.cpp loads the .gguf file, Ollama the Modelfile (ollama create NAME -f Modelfile).",)
 
 
@@ -61,6 +64,11 @@ class GgufWriter:
         """Raises `UserError` if llama.cpp does not compute the model, or does not have its tokenizer."""
         self.form.check_family(reader.config.family, "write")
         vocabulary.read(reader.assets_dir, reader.config.vocab_size)
+        if reader.config.rope_scaling_type == "llama3" and architecture(reader.config) != "llama":
+            raise UserError(
+                f"llama.cpp has the rope scaling llama3 for the architecture llama only, not for "
+                f"{architecture(reader.config)}"
+            )
         if reader.config.rope_scaling_type == "dynamic":
             logger.info(
                 f"note: llama.cpp has no dynamic rope scaling: use the GGUF file for up to "
@@ -97,7 +105,7 @@ class GgufWriter:
         coarse = [n for n, (_, shape) in specs.items() if len(shape) > 1 and types[n] != TYPES[name]]
         if coarse:
             logger.info(f"note: {len(coarse)} matrices are written as f16: q8_0 needs rows of 32 x n numbers")
-        return GgufFile(path, specs, writer, types)
+        return GgufFile(path, specs, writer, types, rope_factors(reader.config))
 
 
 def architecture(config: ModelConfig) -> str:
@@ -105,6 +113,15 @@ def architecture(config: ModelConfig) -> str:
     known = FAMILIES[config.family].gguf_architecture
     has_biases = config.add_qkv_bias or config.add_dense_bias
     return (known.name_with_biases if has_biases else None) or known.name
+
+
+def rope_factors(config: ModelConfig) -> Tensor | None:
+    """Numbers by which llama.cpp divides the frequencies of the rotary embedding, fp32 [d/2]; None: it scales
+    none of them apart."""
+    if config.rope_scaling_type != "llama3":
+        return None
+    plain = replace(config, rope_scaling_type="none")
+    return Rope(plain).inverse_frequencies(1) / Rope(config).inverse_frequencies(1)
 
 
 def stored_tensors(config: ModelConfig) -> list[StoredTensor]:
@@ -158,9 +175,14 @@ class GgufFile(PreallocatedFile):
     """A GGUF file whose rows are converted when they are written."""
 
     def __init__(
-        self, path: Path, specs: Specs, writer: GGUFWriter, types: dict[str, GGMLQuantizationType]
+        self,
+        path: Path,
+        specs: Specs,
+        writer: GGUFWriter,
+        types: dict[str, GGMLQuantizationType],
+        rope_factors: Tensor | None = None,
     ) -> None:
-        """Creates the file: metadata, descriptions of the tensors, and space for them."""
+        """Creates the file: metadata, descriptions of the tensors, `rope_factors`, and space for the rest."""
         sizes = {name: shape[0] * _row_bytes(types[name], shape) for name, (_, shape) in specs.items()}
         for name, (_, shape) in specs.items():
             kind = types[name]
@@ -170,6 +192,10 @@ class GgufFile(PreallocatedFile):
             else:
                 stored_shape = (*shape[:-1], _row_bytes(kind, shape))
                 writer.add_tensor_info(name, stored_shape, np.dtype(np.uint8), sizes[name], raw_dtype=kind)
+        if rope_factors is not None:
+            sizes[ROPE_FACTORS] = rope_factors.nbytes
+            shape = tuple(rope_factors.shape)
+            writer.add_tensor_info(ROPE_FACTORS, shape, np.dtype(np.float32), sizes[ROPE_FACTORS])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -181,6 +207,9 @@ class GgufFile(PreallocatedFile):
             offset += writer.ggml_pad(size, writer.data_alignment)
         with open(path, "r+b") as file:
             file.truncate(offset)
+            if rope_factors is not None:
+                file.seek(offsets[ROPE_FACTORS])
+                file.write(rope_factors.numpy().tobytes())
         super().__init__(path, specs, offsets)
         self.types = types
 

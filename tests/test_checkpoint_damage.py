@@ -1,5 +1,6 @@
 """Damaged training checkpoints are named, and an older intact one is used."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import NAMES, SHARDS, Layout, check, ckpt, every_rank, flip, two_steps
+from helpers.checkpoints import NAMES, SHARDS, Layout, check, ckpt, every_rank, flip, in_child, two_steps
 from helpers.log_lines import log_lines
+from helpers.permissions import obey_permissions
 
 from ascendspeed.checkpoint import manifest
 from ascendspeed.checkpoint import save as saving
 from ascendspeed.checkpoint.discovery import find_checkpoint, open_checkpoint
 from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
+from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
 
 
@@ -81,6 +84,47 @@ def test_damage_is_named_and_the_older_one_is_used(ckpt, name, how):
     ) as error:  # asked for by name: no other is taken
         open_checkpoint(ckpt / "step_0000020")
     assert warnings[0].startswith(f"warning: {error.value}")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", SHARDS[1], "", "..", "../latest"])
+def test_what_cannot_be_read_is_not_called_damaged_or_replaced(ckpt, name):
+    """A file of the newest step, its folder, the folder of all, and `latest`."""
+    path = (ckpt / "step_0000020" / name).resolve()
+    said = ckpt.with_name("said")
+
+    def find() -> None:
+        obey_permissions()
+        try:
+            find_with(ckpt, world=2)
+        except (UserError, PermissionError) as error:
+            said.write_text(str(errors.as_user_error(error)))
+
+    path.chmod(0)
+    try:
+        assert in_child(find) == 0
+    finally:
+        path.chmod(0o755)
+    text = said.read_text()
+    assert "no permission" in text
+    assert str(path if name.startswith(".") else ckpt / "step_0000020") in text
+    assert "damaged" not in text
+    if not name.startswith("."):
+        assert "so no older step is taken in its place: correct this, or name another step's folder" in text
+    assert find_with(ckpt, world=2)[0].path.name == "step_0000020"  # control
+
+
+def test_too_many_open_files_are_no_damage(ckpt, monkeypatch):
+    """A disk error is: an older step is used, with a warning."""
+
+    def fails(path, number=errno.EMFILE):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(manifest.safetensors_io, "file_sha256", fails)
+    with pytest.raises(UserError, match="cannot be read: too many open files"):
+        find_checkpoint(ckpt)
+    monkeypatch.setattr(manifest.safetensors_io, "file_sha256", lambda path: fails(path, errno.EIO))
+    with pytest.raises(UserError, match=r"no checkpoint there is whole.*Input/output error"):
+        find_checkpoint(ckpt)
 
 
 def test_control_undamaged_is_taken(ckpt):

@@ -14,14 +14,17 @@ from helpers.conversion import command, training_checkpoint, written
 from helpers.shapes import hf_shapes
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import Split
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from tokenizers.trainers import BpeTrainer
 
 from ascendspeed.conversion import convert
 from ascendspeed.conversion.formats.base import WriteOptions
 from ascendspeed.conversion.formats.registry import format_named
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, PRESETS
+from ascendspeed.models.families.gguf_names import PRE_TOKENIZERS
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 
@@ -201,3 +204,51 @@ def test_what_llama_cpp_does_not_have_is_refused(tokens, tmp_path):
     with pytest.raises(UserError, match="is not the tokenizer of a model that is written as GGUF"):
         export(folder, tmp_path / "y", tmp_path / "bytes")
     assert not (tmp_path / "gguf").exists()
+
+
+BYTE_LEVEL_TEXTS = ("Hello, world! It's 2024.", "上海人工智能实验室 InternLM3", "a\n\n  b\tc — ½ 🙂")
+
+
+def byte_level(folder):
+    """A byte-level tokenizer.json that splits text as Qwen2's, with one control token."""
+    (regex,) = (regex for regex, name in PRE_TOKENIZERS.items() if name == "qwen2")
+    trained = Tokenizer(BPE())
+    trained.pre_tokenizer = Sequence([Split(Regex(regex), "isolated"), ByteLevel(False, use_regex=False)])
+    trained.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(vocab_size=400, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    trained.train_from_iterator(BYTE_LEVEL_TEXTS * 3, trainer)
+    trained.add_special_tokens(["<|im_end|>"])
+    folder.mkdir()
+    trained.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|im_end|>", "tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return trained
+
+
+@pytest.mark.parametrize("family", ["qwen2", "internlm3"])
+def test_a_byte_level_tokenizer_is_read_back_with_equal_ids(family, tmp_path):
+    """The tokenizer is built anew from the lists in the file, as llama.cpp builds it."""
+    trained = byte_level(tmp_path / "bytes")
+    folder = model(family, tmp_path / "hf", tmp_path / "bytes")
+    reader = export(folder, tmp_path / "gguf", tmp_path / "bytes")
+
+    def field(name: str):
+        return reader.get_field(f"tokenizer.ggml.{name}").contents()
+
+    assert (field("model"), field("pre")) == ("gpt2", "qwen2")
+    names, types, merges = field("tokens"), field("token_type"), field("merges")
+    end = trained.token_to_id("<|im_end|>")
+    assert (field("eos_token_id"), types[end]) == (end, gguf.TokenType.CONTROL)
+    assert types[-3:] == [gguf.TokenType.UNUSED] * 3  # rows that no text has
+    assert len(names) == len(types) == tokenizer.load(tmp_path / "bytes").vocab_size + 3
+    normal = {name: i for i, name in enumerate(names) if types[i] == gguf.TokenType.NORMAL}
+    again = Tokenizer(BPE(normal, [tuple(merge.split(" ")) for merge in merges]))
+    again.pre_tokenizer, again.decoder = trained.pre_tokenizer, trained.decoder
+    unmerged = Tokenizer(BPE(normal, []))
+    unmerged.pre_tokenizer = trained.pre_tokenizer
+    ours = tokenizer.load(tmp_path / "bytes")
+    for text in BYTE_LEVEL_TEXTS:
+        ids = trained.encode(text, add_special_tokens=False).ids
+        assert again.encode(text).ids == ids == list(ours.encode(text))
+        assert again.decode(ids) == text
+    assert all(unmerged.encode(text).ids != trained.encode(text).ids for text in BYTE_LEVEL_TEXTS)  # control

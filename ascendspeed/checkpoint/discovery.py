@@ -58,6 +58,7 @@ def open_checkpoint(path: str | Path, rank: int = 0, world: int = 1, gather: Gat
         return checkpoint
     checkpoint, problems = _verify_and_open(path, rank, world, gather)
     if checkpoint is None:
+        _check_readable(path, problems)
         raise UserError(f"{path} is damaged: {'; '.join(problems)}")
     return checkpoint
 
@@ -69,16 +70,19 @@ def find_checkpoint(
     problem.
 
     Every rank logs the same lines. Returns None for a folder without checkpoints. Raises `UserError` if none
-    of the checkpoints is complete, or if the ranks do not see the same files.
+    of the checkpoints is complete, if one before the first complete one cannot be read (which may be the
+    newest state of the run, and whole), or if the ranks do not see the same files.
     """
     folder = Path(save_dir)
-    latest, folders = read_latest(folder), step_folders(folder)
-    views = set(gather([f"{latest} {sorted(folders)}"]))
+    latest, folders, problem = _list(folder)
+    views = set(gather([problem or f"{latest} {sorted(folders)}"]))
     if len(views) > 1:
         raise UserError(
             f"{folder}: the ranks do not see the same files there; use storage that all nodes share "
             f"({len(views)} views)"
         )
+    if problem:
+        raise UserError(problem)
     if not folders:
         if latest is None or (latest and not STEP_PATTERN.fullmatch(latest)):
             return None
@@ -92,9 +96,28 @@ def find_checkpoint(
         checkpoint, problems = _verify_and_open(path, rank, world, gather)
         if checkpoint is not None:
             return checkpoint
+        _check_readable(path, problems)
         damaged.append(f"{path} is damaged: {'; '.join(problems)}")
         logger.warning(f"{damaged[-1]}; trying the next one")
     raise UserError(f"{folder}: no checkpoint there is whole: {' | '.join(damaged)}")
+
+
+def _list(folder: Path) -> tuple[str | None, dict[str, Path], str | None]:
+    """Content of `latest`, folders of the steps, and the problem with which they cannot be read."""
+    try:
+        return read_latest(folder), step_folders(folder), None
+    except PermissionError as error:
+        return None, {}, f"{error.filename}: {manifest.UNREADABLE}no permission"
+
+
+def _check_readable(path: Path, problems: list[str]) -> None:
+    """Raises `UserError` if a problem is one of access, not of the files."""
+    unreadable = [problem for problem in problems if manifest.UNREADABLE in problem]
+    if unreadable:
+        raise UserError(
+            f"{path}: {'; '.join(unreadable)}; it may be whole, so no older step is taken in its place: "
+            "correct this, or name another step's folder"
+        )
 
 
 def _search_order(folder: Path, latest: str | None, newest_first: list[str]) -> list[str]:

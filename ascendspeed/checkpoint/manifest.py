@@ -1,5 +1,6 @@
 """manifest.json: size and SHA-256 of every file of a checkpoint, and its own SHA-256."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,8 +13,12 @@ from typing import Any
 
 from ascendspeed.checkpoint import safetensors_io
 from ascendspeed.checkpoint.paths import MANIFEST, SHARD_PREFIX
+from ascendspeed.utils.errors import FILE_ERRORS
 from ascendspeed.utils.safe_io import parse_json
 
+UNREADABLE = "cannot be read: "
+"""Mark of a problem that is not damage: the file may be whole, so no older checkpoint must replace it."""
+NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 THREADS = 4
 """Files that a rank hashes at the same time, at most."""
 
@@ -40,7 +45,7 @@ def find_problems(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
     except FileNotFoundError:
         return [f"{MANIFEST}: missing, so the save never ended or the file was deleted"]
     except OSError as error:
-        return [f"{MANIFEST}: {error.strerror}"]
+        return [f"{MANIFEST}: {_reason(error)}"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST}: not a manifest (empty, cut off or overwritten)"]
     if re.fullmatch(r"step_\d+", folder.name) and int(folder.name[5:]) != step:
@@ -77,15 +82,18 @@ def _check_list(listed: Mapping[str, Any], step: Any) -> None:
 
 
 def folder_size(folder: Path) -> int:
-    """Total size in bytes of the files in a folder."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    """Total size in bytes of the files in a folder; 0 if it cannot be read, which `find_problems` reports."""
+    try:
+        return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    except OSError:
+        return 0
 
 
 def _size_problem(path: Path, expected: int) -> str | None:
     try:
         status = path.stat()
     except OSError as error:
-        return "missing" if isinstance(error, FileNotFoundError) else error.strerror
+        return "missing" if isinstance(error, FileNotFoundError) else _reason(error)
     if not stat.S_ISREG(status.st_mode):
         return "not a file, but a device, pipe or directory"
     return None if status.st_size == expected else f"{status.st_size} bytes instead of {expected}"
@@ -97,4 +105,9 @@ def _hash_problem(path: Path, expected: str) -> str | None:
             return "its SHA-256 is not the one in the manifest: damaged, or another file"
         return None
     except OSError as error:
-        return error.strerror
+        return _reason(error)
+
+
+def _reason(error: OSError) -> str:
+    reason = FILE_ERRORS.get(error.errno or 0) or error.strerror or str(error)
+    return UNREADABLE + reason if error.errno in NOT_DAMAGE else reason

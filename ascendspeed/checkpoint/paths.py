@@ -18,19 +18,25 @@ def step_name(step: int) -> str:
 
 
 def read_latest(folder: Path) -> str | None:
-    """Content of the file `latest`; None if it does not exist."""
+    """Content of the file `latest`; None if it does not exist. Raises `PermissionError`."""
     try:
         return (folder / "latest").read_bytes().decode(errors="replace").strip()
+    except PermissionError:
+        raise
     except OSError:
         return None
 
 
 def step_folders(folder: Path) -> dict[str, Path]:
     """Name of a step -> its folder; a save killed while it replaced a step leaves that step under
-    `.step_*.old`.
+    `.step_*.old`. Raises `PermissionError` for a folder that cannot be listed, which `glob` would pass over.
     """
-    folders = {path.name[1 : -len(".old")]: path for path in folder.glob(".step_*.old")}
-    folders |= {path.name: path for path in folder.glob("step_*")}
+    try:
+        paths = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    folders = {path.name[1 : -len(".old")]: path for path in paths if path.match(".step_*.old")}
+    folders |= {path.name: path for path in paths if path.match("step_*")}
     return {name: path for name, path in folders.items() if STEP_PATTERN.fullmatch(name) and path.is_dir()}
 
 

@@ -164,7 +164,7 @@ class _SaveGroup:
             report = work()
         except Exception as error:  # of any kind: the other ranks must not wait for this one
             own_error = error
-            report = {"error": _describe(error)}
+            report = {"error": _describe(error, self.shard)}
         try:
             self.temporary.mkdir(parents=True, exist_ok=True)  # its creation may be what failed
             self.report(phase, self.rank).write_text(json.dumps(report))
@@ -176,13 +176,14 @@ class _SaveGroup:
                 judge(self._reports(phase))
             except (UserError, OSError) as error:
                 cause = error
-                failure = f"{self.final} was not saved: {_describe(error)}"
+                failure = f"{self.final} was not saved: {_describe(error, self.final)}"
                 _write_failure(self.failure, failure)
         self.barrier()
         if own_error and not isinstance(own_error, UserError | OSError):
             raise own_error  # a bug keeps its traceback
         if own_error or failure or self.failure.exists():
-            failure = failure or self._read_failure() or f"{self.final} was not saved: {_describe(own_error)}"
+            own = _describe(own_error, self.shard) if own_error else ""
+            failure = failure or self._read_failure() or f"{self.final} was not saved: {own}"
             raise UserError(failure) from own_error or cause
 
     def _read_failure(self) -> str:
@@ -208,9 +209,11 @@ class _SaveGroup:
         return reports
 
 
-def _describe(error: BaseException) -> str:
+def _describe(error: BaseException, path: Path) -> str:
+    """Text of an error; `path`: what was being written, for an error that names no file."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'writing'}: {error.strerror}"
+        path = Path(error.filename or path)
+        return f"{path}: {atomic.describe_write_error(path, error)}"
     return str(error) or repr(error)
 
 
@@ -278,7 +281,7 @@ def _prune(folder: Path, newest: str, keep: int) -> None:
             if re.fullmatch(r"step_\d{7}", path.name) and path.name <= newest
         )
     except OSError as error:
-        logger.warning(f"{_describe(error)}; older checkpoints stay")
+        logger.warning(f"{_describe(error, folder)}; older checkpoints stay")
         return
     for name in steps[:-keep]:
         hidden = folder / f".{name}.tmp"
@@ -287,7 +290,7 @@ def _prune(folder: Path, newest: str, keep: int) -> None:
         except FileNotFoundError:
             continue  # already deleted by someone else
         except OSError as error:
-            logger.warning(f"{_describe(error)}; this older checkpoint stays")
+            logger.warning(f"{_describe(error, hidden)}; this older checkpoint stays")
         shutil.rmtree(hidden, ignore_errors=True)
 
 

@@ -2,10 +2,12 @@
 thread.
 """
 
+import errno
 import json
 import math
 import mmap
 import os
+import resource
 import struct
 import threading
 import zipfile
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed.utils import safetensors_header
+from ascendspeed.utils.text import first_line
 
 SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Supported element types of weights and their names in a safetensors header."""
@@ -114,8 +117,20 @@ def create_pt(path: Path, specs: Specs, wrap: Callable[[dict[str, Tensor]], Any]
     `unzip` complains.
     """
     with torch.serialization.skip_data():
-        torch.save(wrap(_unfilled_tensors(specs)), path)
+        save_pt(wrap(_unfilled_tensors(specs)), path)
     return PreallocatedFile(path, specs, _record_offsets(path, specs))
+
+
+def save_pt(content: Any, path: Path) -> None:
+    """Calls `torch.save`. Raises `OSError`, also where torch raises an error of its own, which names neither
+    the file nor the cause: the disk is full, or files may not be so large."""
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        allowed = "" if limit == resource.RLIM_INFINITY else f"; a file may have {limit:,} bytes (ulimit -f)"
+        reason = f"torch could not write {path.name} ({first_line(error)}){allowed}"
+        raise OSError(errno.ENOSPC, reason, str(path)) from error
 
 
 def _unfilled_tensors(specs: Specs) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from ascendspeed.data.shard_output import DatasetOutput, ShardDocuments
 from ascendspeed.data.source_record import SOURCE, refuse_other_source, source_digest
 from ascendspeed.data.tokenize import DocumentEncoder
 from ascendspeed.tokenization.fingerprint import hash_encoding
+from ascendspeed.utils.atomic import describe_write_error
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
 
@@ -209,7 +210,8 @@ def preprocess(
             encoder, files, prefix, source, workers, log_interval, strict
         )
     except OSError as error:  # a full disk, a read-only folder
-        raise UserError(f"{error.filename or prefix}: {error.strerror or error}") from error
+        path = Path(error.filename or prefix)
+        raise UserError(f"{path}: {describe_write_error(path, error)}") from error
     for output in outputs.values():
         for line in (output.summary(), *output.counts.skipped.lines()):
             logger.info(line)

@@ -6,6 +6,7 @@ it is complete.
 """
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -19,6 +20,9 @@ from ascendspeed.utils.errors import UserError
 
 UNFINISHED = ".unfinished"
 """Marker file in the hidden folder of `staged_folder`: the folder may be cleared by the next writer."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk without space."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +40,16 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def describe_write_error(path: Path, error: OSError) -> str:
+    """Reason for which a file or folder was not written; for a full disk also its free space."""
+    reason = error.strerror or str(error)
+    if error.errno in FULL:
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(path.parent).free
+            reason += f" ({free / 1e6:,.1f} MB are free in {path.parent})"
+    return reason
 
 
 def try_lock(file: int | IO[Any]) -> bool:
@@ -117,7 +131,7 @@ def write_file(path: Path, content: str | bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, content)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        raise UserError(f"{path} cannot be written: {describe_write_error(path, error)}") from error
 
 
 def remove_file(path: Path) -> None:
@@ -212,7 +226,7 @@ def staged_folder(target: Path, needed: int = 0) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
         if isinstance(error, OSError):
-            raise UserError(f"{target} cannot be written: {error}") from error
+            raise UserError(f"{target} cannot be written: {describe_write_error(target, error)}") from error
         raise
     finally:
         os.close(lock)

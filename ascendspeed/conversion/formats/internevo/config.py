@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.load_files import load_pt
+from ascendspeed.conversion.output_files import save_pt
 from ascendspeed.models.families.internevo_names import InternEvoStyle
 from ascendspeed.utils.errors import UserError
 
@@ -117,7 +116,7 @@ def write(folder: Path, config: ModelConfig, style: InternEvoStyle, use_flash: b
     }
     if config.kv_channels is not None:
         table["head_dim"] = config.kv_channels
-    torch.save(table, folder / NAME)
+    save_pt(table, folder / NAME)
 
 
 def _ffn(config: ModelConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.internevo import config as model_config
 from ascendspeed.conversion.formats.internevo.folder import TENSOR_PARALLEL, WEIGHT_PARALLEL
 from ascendspeed.conversion.formats.internevo.reading import naming_scheme
-from ascendspeed.conversion.output_files import create_pt
+from ascendspeed.conversion.output_files import create_pt, save_pt
 from ascendspeed.conversion.rank_files import RankLayout
 from ascendspeed.conversion.write import PlannedFile
 from ascendspeed.models.families import FAMILIES
@@ -96,7 +96,7 @@ class InternEvoWriter:
         main_type = max(set(types), key=types.count)
         model_config.write(folder, reader.config, self._style(reader.config), self.use_flash, main_type)
         hf_assets.write(reader, folder, reader.config, dtype)
-        torch.save({"step": 0}, folder / "0.step")  # step 0: nothing is trained, and no run resumes from it
+        save_pt({"step": 0}, folder / "0.step")  # step 0: nothing is trained, and no run resumes from it
 
     def resolve_model_type(self, config: ModelConfig) -> InternEvoModelType:
         """Returns the `model_type` that InternEvo trains such a model as. Raises `UserError` if there is
@@ -139,6 +139,7 @@ def _is_plain(config: ModelConfig) -> bool:
         config.zero_centered_norm,
         config.normalize_head,
         config.scale_embeddings,
+        config.rope_scaling_type not in ("none", "dynamic"),
     )
     return (
         not any(unsupported) and config.activation == "silu" and config.add_qkv_bias == config.add_dense_bias
@@ -167,4 +168,7 @@ def _reason(config: ModelConfig, model_type: InternEvoModelType | None) -> str:
     if model_type and _is_plain(config):
         choices = (choice for choice in types if _can_hold(choice, config))
         return f"choose {' or '.join(choices)}"
-    return "it has biases in the MLP or not on all of q, k, v and o, or tied embeddings"
+    return (
+        "it has biases in the MLP or not on all of q, k, v and o, tied embeddings, "
+        "or a rope scaling other than dynamic"
+    )

@@ -61,6 +61,15 @@ def test_an_npu_is_chosen_and_prepared_by_its_own_package(monkeypatch):
     assert calls[-1] == "synchronize"
 
 
+def test_the_launchers_choice_of_the_cpu_is_undone_on_another_device(monkeypatch):
+    """DeepSpeed would run the ranks of an NPU as those of a CPU."""
+    fake_npu(monkeypatch)
+    for value, left in (("cpu", None), ("npu", "npu")):
+        monkeypatch.setenv("DS_ACCELERATOR", value)
+        device.prepare("auto")
+        assert device.os.environ.get("DS_ACCELERATOR") == left
+
+
 def test_fused_kernels_of_an_npu(monkeypatch):
     fake_npu(monkeypatch)
     here = device.Device("npu", 0, "hccl", "stand-in")

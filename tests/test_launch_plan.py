@@ -2,6 +2,7 @@
 
 import pytest
 
+from ascendspeed.cli import launch
 from ascendspeed.cli.command import world_size
 from ascendspeed.cli.launch import LaunchPlan
 from ascendspeed.utils.errors import UserError
@@ -54,6 +55,21 @@ def command(quiet: bool = False, **environment: str) -> str:
 )
 def test_launchers(environment, words):
     assert command(**environment) == words
+
+
+def accelerator(*flags: str, devices: tuple[str, ...] = (), **environment: str) -> dict[str, str]:
+    """Variables of the launcher on a machine with these files in /dev."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "DEVICE_FILES", devices)
+        return dict(LaunchPlan.from_environment(environment, (*SCRIPT, *flags)).variables)
+
+
+def test_the_launcher_is_told_of_the_cpu():
+    """Its warnings that it found no accelerator would stand between the lines of the log."""
+    assert accelerator() == accelerator("--device", "cpu", devices=("null",)) == {"DS_ACCELERATOR": "cpu"}
+    assert accelerator("--device=cpu", devices=("null",)) == {"DS_ACCELERATOR": "cpu"}
+    assert accelerator(devices=("null",)) == accelerator("--device", "auto", devices=("null",)) == {}
+    assert accelerator(DS_ACCELERATOR="xpu") == accelerator(HOSTFILE="hosts") == {}  # the user's; other nodes
 
 
 def test_answers_and_training_have_the_same_launchers():

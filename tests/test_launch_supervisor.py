@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -14,11 +15,40 @@ from helpers import launch, recipes
 from ascendspeed.cli import supervisor
 
 LAUNCH = [sys.executable, "-m", "ascendspeed.cli.launch"]
+SECONDS = 120
+"""Longest wait for a process. A supervisor that leaves ranks behind, which hold its pipes, fails the test."""
 VARIABLES = ("HOSTFILE", "NNODES", "NPROC", "RESTARTS", "MASTER_PORT", "EXIT_CODE_FILE")
 
 
+class Bounded(subprocess.Popen):
+    """A process that is waited for with a limit, by any method of `subprocess`."""
+
+    def communicate(self, text=None, timeout=SECONDS):
+        return super().communicate(text, timeout)
+
+    def wait(self, timeout=SECONDS):
+        return super().wait(timeout)
+
+
+def read_line(stream) -> str:
+    assert select.select([stream], [], [], SECONDS)[0], "no line came"
+    return stream.readline()
+
+
+def end(process: subprocess.Popen, log) -> None:
+    """Ends a process that a failed test left, and everything that it started."""
+    if process.poll() is None:
+        process.kill()
+    for other in psutil.process_iter():
+        if f"LOG={log}" in _environment(other):
+            with contextlib.suppress(psutil.Error):
+                other.kill()
+    with contextlib.suppress(ValueError, subprocess.TimeoutExpired):  # the pipes may be closed already
+        process.communicate(timeout=10)
+
+
 def wait_until(condition) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -29,6 +59,7 @@ def start(tmp_path):
     """Starts the launcher over a `deepspeed` of these bash lines; LOG is a file for it and its ranks."""
     log, temporary = tmp_path / "log", tmp_path / "temporary"
     temporary.mkdir()
+    started: list[subprocess.Popen] = []
 
     def go(lines: str, *options: str, before=None, **env: str) -> subprocess.Popen:
         log.unlink(missing_ok=True)
@@ -37,7 +68,7 @@ def start(tmp_path):
         inherited = {name: value for name, value in launch.environment().items() if name not in VARIABLES}
         env = inherited | {"PATH": path, "LOG": str(log), "TMPDIR": str(temporary)} | env
         pipe = subprocess.PIPE
-        return subprocess.Popen(
+        process = Bounded(
             [*LAUNCH, *options, "script.py"],
             env=env,
             stdin=pipe,
@@ -46,12 +77,16 @@ def start(tmp_path):
             text=True,
             preexec_fn=before,
         )
+        started.append(process)
+        return process
 
     def wait_for(word: str) -> None:
         wait_until(lambda: log.exists() and word in log.read_text())
 
     go.log, go.wait_for, go.temporary = log, wait_for, temporary
-    return go
+    yield go
+    for process in started:
+        end(process, log)
 
 
 def rank(traps: str, then: str = "wait $!; exit $?") -> str:
@@ -149,7 +184,7 @@ def test_an_older_exit_code_is_not_that_of_a_restart(start):
 
 def test_an_answer_is_never_started_again(start):
     process = start('echo start >> "$LOG"; exit 69', "--quiet", RESTARTS="3")
-    assert process.wait(60) == 69
+    assert process.wait() == 69
     assert start.log.read_text() == "start\n"
 
 
@@ -180,7 +215,7 @@ def test_signals_go_to_the_ranks(start, options, sent, received):
     start.wait_for("ready")
     process.send_signal(getattr(signal, f"SIG{sent}"))
     interrupted = options and sent == "INT"
-    assert process.wait(60) == (130 if interrupted else 75)
+    assert process.wait() == (130 if interrupted else 75)
     assert start.log.read_text().split() == ["ready", received]
 
 
@@ -204,7 +239,7 @@ def test_ctrl_c_that_a_rank_catches(start, code):
     process = start(PYTHON_RANK, "--quiet", CODE=code, STAY="no")
     start.wait_for("ready")
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == ""  # the rank says it
+    assert process.communicate()[1] == ""  # the rank says it
     assert process.returncode == 130
 
 
@@ -215,7 +250,7 @@ def test_ctrl_c_ends_an_answer_and_the_ranks_stay(start):
     start.wait_for("INT")
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.wait() == 128 + signal.SIGTERM
 
 
 def test_sigusr1_does_not_reach_the_ranks_of_a_hostfile(start):
@@ -229,11 +264,11 @@ def test_sigusr1_does_not_reach_the_ranks_of_a_hostfile(start):
     process = start(lines, HOSTFILE=str(hosts), RESTARTS="1")
     start.wait_for("start")
     process.send_signal(signal.SIGUSR1)
-    assert process.stderr.readline() == (
+    assert read_line(process.stderr) == (
         "signals do not reach the ranks of a HOSTFILE: send SIGUSR1 to one of them, on its node\n"
     )
     start.log.with_name("log.go").touch()
-    assert process.wait(60) == 0
+    assert process.wait() == 0
     assert start.log.read_text().split() == ["start", "start"]
 
 
@@ -245,7 +280,7 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored(start):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     process.send_signal(signal.SIGTERM)  # control
-    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.wait() == 128 + signal.SIGTERM
 
 
 # --- processes
@@ -317,6 +352,6 @@ def test_a_killed_supervisor_ends_its_session_and_leaves_no_file(start):
     process.kill()
     process.communicate()
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.wait_procs(children, timeout=60)
+        psutil.wait_procs(children, timeout=SECONDS)
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     wait_until(lambda: not list(start.temporary.iterdir()))

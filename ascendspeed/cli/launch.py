@@ -6,10 +6,12 @@
 """
 
 import argparse
+import importlib
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ascendspeed.cli.foreign_launchers import foreign_world
@@ -22,9 +24,21 @@ DEFAULT_PORT = 29500
 MAX_PORT = 65535
 HOST = re.compile(r"(\S+)\s+slots=([1-9]\d*)\s*(#.*)?")
 """Line of a HOSTFILE."""
+ACCELERATOR = "DS_ACCELERATOR"
+"""Variable with DeepSpeed's accelerator. Ranks on another device than the CPU remove the value `cpu`."""
+DEVICE_FILES = ("nvidia[0-9]*", "davinci[0-9]*", "kfd", "dxg", "accel*")
+"""Files in /dev of GPUs and NPUs, also of AMD's, of Windows' and others."""
 TRAINING = "pretrain_intern.py"
 TRAINING_PROGRAMS = (TRAINING, "ascendspeed.commands.train")
-"""Programs whose inputs are checked before any process is started."""
+INFERENCE_PROGRAMS = {
+    "tasks/inference/generate.py": "ascendspeed.commands.generate",
+    "tasks/inference/serve.py": "ascendspeed.commands.serve",
+    "tasks/evaluation/evaluation.py": "ascendspeed.commands.evaluate",
+    "tasks/evaluation/needle.py": "ascendspeed.evaluation.needle",
+    "tasks/inference/benchmark.py": "tasks.inference.benchmark",
+}
+"""Script -> module with its function `resolve(flags, processes)`. Inputs of these programs and of those of
+training are checked before any process is started."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,8 @@ class LaunchPlan:
     """The ranks run on other nodes, where signals of this machine do not reach them."""
     world: int | None = None
     """Number of processes on all nodes; None: one per device that the launcher finds."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of the launcher."""
 
     @classmethod
     def from_environment(
@@ -79,6 +95,7 @@ class LaunchPlan:
             quiet=quiet,
             remote_ranks=hostfile is not None,
             world=world_size,
+            variables={} if hostfile else _accelerator(environment, script),
         )
 
 
@@ -124,6 +141,18 @@ def check_hostfile(path: str) -> None:
         hosts[match[1]] = number
     if not hosts:
         raise UserError(f"HOSTFILE={path} names no host; it needs lines of `name slots=8`")
+
+
+def _accelerator(environment: Mapping[str, str], script: Sequence[str]) -> dict[str, str]:
+    """Returns the variable that tells DeepSpeed's launcher to use the CPU, if the ranks certainly will.
+
+    Without it, the launcher and its process for the node each warn on stderr that they found no accelerator.
+    """
+    is_chosen = ("--device", "cpu") in itertools.pairwise(script) or "--device=cpu" in script
+    has_device = any(next(Path("/dev").glob(pattern), None) for pattern in DEVICE_FILES)
+    if ACCELERATOR in environment or (has_device and not is_chosen):
+        return {}
+    return {ACCELERATOR: "cpu"}
 
 
 def _torchrun(
@@ -196,6 +225,17 @@ def _check_training(flags: Sequence[str], plan: LaunchPlan) -> None:
         raise
 
 
+def _check_inference(script: str, flags: Sequence[str], plan: LaunchPlan) -> None:
+    """Raises UserError for flags and inputs that every rank of an inference command would refuse.
+
+    Not if the number of processes is unknown here, or if they run on the nodes of a HOSTFILE, whose files are
+    not these.
+    """
+    name = INFERENCE_PROGRAMS.get(script, script)
+    if plan.world is not None and name in INFERENCE_PROGRAMS.values():
+        importlib.import_module(name).resolve(flags, plan.world)
+
+
 def main() -> int:
     """Launches the script of the command line; returns its exit code."""
     parser = argparse.ArgumentParser(
@@ -214,10 +254,14 @@ def main() -> int:
 def start(script: str, flags: Sequence[str], quiet: bool) -> int:
     """Launches `script`, a path or the name of a module, as the environment says; returns its exit code."""
     plan = LaunchPlan.from_environment(os.environ, (script, *flags), quiet)
-    if script in TRAINING_PROGRAMS and not {"--help", "-h", "--version"} & set(flags):
-        _check_training(flags, plan)
+    if not {"--help", "-h", "--version"} & set(flags):
+        if script in TRAINING_PROGRAMS:
+            _check_training(flags, plan)
+        elif plan.supervised:
+            _check_inference(script, flags, plan)
     if not plan.supervised:
         os.execvp(plan.command[0], plan.command)
+    os.environ.update(plan.variables)
     return Supervisor(plan.command, plan.restarts, plan.quiet, plan.remote_ranks).run()
 
 

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ascendspeed.cli import command
-from ascendspeed.evaluation.args import EvaluationJob, resolve
+from ascendspeed.evaluation import args as evaluation_args
+from ascendspeed.evaluation.args import EvaluationJob
 from ascendspeed.utils import errors
 
 
-def resolve_installed(args: Sequence[str], world: int) -> tuple[EvaluationJob, list[str]]:
+def resolve(args: Sequence[str], world: int) -> tuple[EvaluationJob, list[str]]:
     """Checks the command line, then the installation. Raises UserError."""
-    job, notes = resolve(args, world)
+    job, notes = evaluation_args.resolve(args, world)
     if importlib.util.find_spec("lm_eval") is None:
         raise errors.UserError("evaluation needs lm-evaluation-harness: pip install -e '.[eval]'")
     return job, notes
@@ -30,7 +31,7 @@ def work(job: EvaluationJob, device: Any, notes: Sequence[str]) -> None:
 
 def main() -> None:
     """Runs the command."""
-    command.run_inference(resolve_installed, work)
+    command.run_inference(resolve, work)
 
 
 def run_command() -> None:

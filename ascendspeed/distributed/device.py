@@ -118,6 +118,8 @@ def prepare(choice: str = "auto", backend: str = "auto", deterministic: bool = F
         os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed detects the hardware itself
         _redirect_cuda_to_cpu()
     else:
+        if os.environ.get("DS_ACCELERATOR") == "cpu":  # set by the launcher, which looked for device files
+            del os.environ["DS_ACCELERATOR"]
         count = getattr(torch, kind).device_count()
         if index >= count:
             raise UserError(

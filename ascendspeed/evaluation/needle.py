@@ -17,6 +17,7 @@ from ascendspeed.config.schema import ModelConfig
 from ascendspeed.evaluation import haystack
 from ascendspeed.evaluation.haystack import NEEDLE, QUESTION, Cell
 from ascendspeed.inference.args import EngineArgs, EngineSpec, resolve_engine
+from ascendspeed.inference.input_checks import check_chat_template
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import of_items, progress
@@ -92,6 +93,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[NeedleJob, list[str]]:
         raise UserError("--needle has no {number} in it: give the expected text with --answer")
     if needle.chat_template and not needle.chat:
         raise UserError(f"--chat-template {needle.chat_template} has no effect without --chat; add it")
+    check_chat_template(needle.chat_template)
     cells = haystack.make_cells(needle.lengths, needle.depths, needle.trials)
     sentences = haystack.read_sentences(needle.haystack)
     return NeedleJob(resolve_engine(line, world), needle, tuple(cells), tuple(sentences)), line.notes

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
-from ascendspeed.checkpoint.paths import describe_missing
 from ascendspeed.cli import command
 from ascendspeed.cli.command import CommandLine
 from ascendspeed.cli.compat import GENERATE
@@ -26,6 +25,7 @@ from ascendspeed.config.schema import (
     QuantizationChoice,
     alias,
 )
+from ascendspeed.inference.input_checks import check_chat_template, check_folders, check_input_file
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 
@@ -220,6 +220,8 @@ def resolve(args: Sequence[str], world: int) -> tuple[GenerationJob, list[str]]:
         raise UserError("--stop is empty: a text of no characters would end every answer at once")
     _check_uses(tasks, line.typed)
     _check_lookup(generation, line.typed)
+    check_chat_template(generation.chat_template)
+    check_input_file(generation.input_file)
     _check_output(generation, tasks)
     return GenerationJob(spec, generation, tasks, line.typed), line.notes
 
@@ -231,8 +233,8 @@ def resolve_engine(line: CommandLine[Any], world: int) -> EngineSpec:
         raise UserError(
             "--load is needed: a Hugging Face directory, converted weights or a training checkpoint"
         )
-    if not Path(args.load).is_dir():
-        raise UserError(f"--load: {describe_missing(args.load)}")
+    tokenizer = args.tokenizer_name_or_path or args.load
+    check_folders(args.load, tokenizer)
     command.check_precision(args.bf16, args.fp16)
     line.legacy.check(args)
     name = line.options.preset.model
@@ -250,7 +252,7 @@ def resolve_engine(line: CommandLine[Any], world: int) -> EngineSpec:
             f"PP {args.pipeline_model_parallel_size} "
             f"are {ranks}; start NPROC={ranks}, or choose other --tp and --pp"
         )
-    return EngineSpec(args, loaded, expected, args.tokenizer_name_or_path or args.load)
+    return EngineSpec(args, loaded, expected, tokenizer)
 
 
 def task_name(word: str) -> str:

@@ -308,9 +308,14 @@ def load(path: str | Path, parses_special_tokens: bool = False) -> Tokenizer:
     there is none or it is damaged.
     """
     folder = Path(path)
-    for name, tokenizer_class in TOKENIZER_CLASSES.items():
+    return TOKENIZER_CLASSES[find_vocabulary(folder)](folder, parses_special_tokens)
+
+
+def find_vocabulary(folder: Path) -> str:
+    """Name of the vocabulary file in a folder. Raises `UserError` if there is none."""
+    for name in TOKENIZER_CLASSES:
         if (folder / name).is_file():
-            return tokenizer_class(folder, parses_special_tokens)
+            return name
     if folder.is_file():
         raise UserError(f"{folder} is a file: give its folder, {folder.parent}")
     if folder.is_dir():

@@ -60,6 +60,22 @@ def detect_formats(folder: Path) -> list[CheckpointFormat]:
     return preferred[-1:] or detected
 
 
+def detect_format(folder: Path) -> CheckpointFormat:
+    """Format of the checkpoint in a folder. Raises `UserError` if there is none, or several."""
+    if not folder.is_dir():
+        raise UserError(describe_missing(folder))
+    detected = detect_formats(folder)
+    if len(detected) > 1:
+        contents = " and ".join(form.contents for form in detected)
+        raise UserError(f"{folder} holds {contents}: move one of them to a folder of its own")
+    if not detected:
+        refuse_adapters(folder)
+        known = ", ".join(f"{form.contents} ({form.marker_files})" for form in FORMATS if form.marker_files)
+        entries = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise UserError(f"{folder} holds no checkpoint: looked for {known}; found {entries}")
+    return detected[0]
+
+
 def open_reader(
     path: str | Path,
     config: str | Path | None = None,
@@ -74,20 +90,10 @@ def open_reader(
     checkpoint, several, or a damaged one.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(describe_missing(folder))
-    detected = detect_formats(folder)
-    if len(detected) > 1:
-        contents = " and ".join(form.contents for form in detected)
-        raise UserError(f"{folder} holds {contents}: move one of them to a folder of its own")
-    if not detected:
-        refuse_adapters(folder)
-        known = ", ".join(f"{form.contents} ({form.marker_files})" for form in FORMATS if form.marker_files)
-        entries = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        raise UserError(f"{folder} holds no checkpoint: looked for {known}; found {entries}")
+    form = detect_format(folder)
     config_dir = folder if config is None else Path(config)
     options = ReadOptions(config_dir, internevo or InternEvoOptions(), readers, open_reader)
-    reader = detected[0].open(folder, options)
+    reader = form.open(folder, options)
     from ascendspeed.conversion import model_card  # here, so that --help needs no torch
 
     template, notes = reader.chat_template, reader.training_notes

@@ -12,6 +12,7 @@ from ascendspeed.cli.compat import INFERENCE
 from ascendspeed.cli.train_args import DEFAULT_MODEL, Preset
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.inference.args import EngineArgs, EngineSpec, resolve_engine
+from ascendspeed.inference.input_checks import check_chat_template
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 
@@ -92,6 +93,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[ServeJob, list[str]]:
     spec = resolve_engine(line, world)
     serve = line.options.serve
     _check(serve)
+    check_chat_template(serve.chat_template)
     name = serve.served_model_name or Path(spec.args.load or ".").resolve().name
     api_key = serve.api_key if serve.api_key is not None else os.environ.get(API_KEY_VARIABLE)
     if api_key == "":

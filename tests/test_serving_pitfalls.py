@@ -25,6 +25,7 @@ from ascendspeed.inference.serving.choice_stream import ChoiceStream
 from ascendspeed.inference.serving.engine_loop import EngineLoop
 from ascendspeed.inference.serving.generation_service import GenerationService, ServiceLimits
 from ascendspeed.inference.serving.paged_engine import EngineSettings, PagedEngine
+from ascendspeed.inference.serving.protocol import ChatCompletionRequest, parse_body
 from ascendspeed.inference.serving.request import Events, RequestParams, Submission
 from ascendspeed.models.gpt.paged_kv_cache import SequenceSlice
 from ascendspeed.tokenization import tokenizer
@@ -189,6 +190,22 @@ def test_an_error_after_the_first_byte_is_an_event():
     assert all(part.startswith("data: ") and part.endswith("\n\n") for part in parts)
     assert json.loads(parts[1].removeprefix("data: "))["error"]["message"] == "too late"
     assert parts[2] == "data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"messages": ' + b"[" * 100_000, "nested too deeply"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the body is not JSON: Invalid JSON"),
+        (b'{"seed": ' + b"9" * 6000 + b"}", "the body is not JSON"),
+        (b"\xff", "the body is not JSON"),
+    ],
+)
+def test_hostile_bodies_are_400(body, message):
+    with pytest.raises(ApiError, match=message) as caught:
+        parse_body(ChatCompletionRequest, body)
+    assert caught.value.status == 400
 
 
 # ---------------------------------------------------------------- threads and failures

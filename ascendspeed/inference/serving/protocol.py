@@ -164,6 +164,8 @@ def parse_body(cls: type[Body], data: bytes) -> Body:
         values = json.loads(data)
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
     if not isinstance(values, dict):
         raise ApiError(400, "the body is not a JSON object")
     values = {key: value for key, value in values.items() if key not in IGNORED_FIELDS}
@@ -178,7 +180,9 @@ def _field_error(error: ValidationError) -> ApiError:
     """Returns the error of the first field that is wrong."""
     details = error.errors(include_url=False, include_context=False)
     first = details[0]
-    field = str(first["loc"][0]) if first["loc"] else None
+    if not first["loc"]:  # text that is no Unicode, such as half of a surrogate pair
+        return ApiError(400, f"the body is not JSON: {first['msg']}")
+    field = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unknown or unsupported field {field!r}", field)
     reasons = dict.fromkeys(

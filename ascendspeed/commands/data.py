@@ -37,7 +37,8 @@ class DataCommand:
     """Handler that converts a row to a document. The whole text is in the loss: GeneralPretrainHandler,
     AlpacaPretrainHandler. The answers are in the loss, with the published prompt: GeneralInstructionHandler,
     BelleMultiTurnInstructionHandler; with the model's chat template: AlpacaStyleInstructionHandler,
-    SharegptStyleInstructionHandler."""
+    SharegptStyleInstructionHandler. Preference pairs, both answers in the loss: AlpacaStylePairwiseHandler,
+    SharegptStylePairwiseHandler, HuggingFacePairwiseHandler."""
     chat_template: str | None = None
     """Chat template: v1, v1-eoh, v2, v2.5 or v3; default: that of the config.json beside the tokenizer, or of
     the tokenizer."""
@@ -66,7 +67,8 @@ class DataCommand:
     """Largest document in MiB; longer ones are skipped and counted as huge."""
     seq_length: int | None = None
     """Instruction data: truncate documents to this many tokens; documents whose answers are truncated away
-    entirely are skipped and counted."""
+    entirely are skipped and counted. Preference pairs: skip and count those of more tokens, with both
+    conversations."""
 
 
 def _check(options: DataCommand) -> None:

@@ -12,18 +12,17 @@ import hashlib
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from megatron.core.datasets import helpers
-from torch import Tensor
 
 from ascendspeed.config.schema import DataConfig
+from ascendspeed.data.batch import Batch, stack
 from ascendspeed.data.indexed.internevo import InternEvoDataset
 from ascendspeed.data.indexed.masked_pair import MaskedPair
+from ascendspeed.data.indexed.preference_pairs import PreferencePairs
 from ascendspeed.data.indexed.text_pair import TextPair
 from ascendspeed.data.mock import MockDataset
 from ascendspeed.data.packing.rows import Sample
@@ -40,26 +39,13 @@ PERIOD = 1 << 16
 
 DATASET_KINDS: tuple[type[TokenDataset], ...] = (
     MockDataset,
+    PreferencePairs,
     MaskedPair,
     TextPair,
     InternEvoDataset,
     StreamedDataset,
 )
 """Kinds of data for `--data-path`; the first one that matches opens a path."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch, on the CPU; every tensor [b, s]."""
-
-    tokens: Tensor
-    """int64."""
-    labels: Tensor
-    """int64: the next token of each token; arbitrary where the loss mask is 0."""
-    loss_mask: Tensor
-    """float32: 1 where the label is in the loss."""
-    position_ids: Tensor
-    """int64; 0 at position 0, and at each document that must not attend to the documents before it."""
 
 
 class BlendedSamples:
@@ -75,6 +61,11 @@ class BlendedSamples:
             self._source_index, self._index_in_source, shares, len(sources), PERIOD, False
         )
         self._counts = np.bincount(self._source_index, minlength=len(sources))
+
+    @property
+    def sources(self) -> Sequence[SampleSource]:
+        """Samples of every dataset."""
+        return self._sources
 
     @property
     def notes(self) -> list[str]:
@@ -119,16 +110,19 @@ def build_splits(
     seed: int,
     vocab_size: int,
     names: Sequence[str] = SPLITS,
+    pairs: bool = False,
 ) -> dict[str, BlendedSamples]:
     """Builds the samples of the splits `names` out of `train`, `valid` and `test`.
 
-    `vocab_size` is the model's, without padding. Every rank may call this; nothing is communicated. Raises
+    `vocab_size` is the model's, without padding; `pairs`: the run trains on preference pairs. Every rank may
+    call this; nothing is communicated. Raises
     `UserError` for data that is missing or damaged, for ids beyond the vocabulary, and for a named split
     without a sample.
     """
     if not data.valid_data_path:
         datasets = _open_blend(data.data_path, data, vocab_size)
         _check_flags(data, [dataset for _, dataset in datasets])
+        _check_pairs(datasets, pairs)
         return {name: _blend(datasets, name, data, seed, vocab_size) for name in names}
     configs = {
         "train": dataclasses.replace(data, split="1,0,0"),
@@ -140,6 +134,8 @@ def build_splits(
         )
     opened = {name: _open_blend(configs[name].data_path, data, vocab_size) for name in names}
     _check_flags(data, [dataset for datasets in opened.values() for _, dataset in datasets])
+    for datasets in opened.values():
+        _check_pairs(datasets, pairs)
     return {
         name: _blend(datasets, name, configs[name], seed, vocab_size) for name, datasets in opened.items()
     }
@@ -179,6 +175,20 @@ def _check_flags(data: DataConfig, datasets: Sequence[TokenDataset]) -> None:
             )
 
 
+def _check_pairs(datasets: Weighted, pairs: bool) -> None:
+    """Raises `UserError` unless a run that trains on preference pairs has these, and another run has none."""
+    for _, dataset in datasets:
+        if dataset.holds_pairs and not pairs:
+            raise UserError(
+                f"{dataset.prefix} holds preference pairs, which --stage dpo or rm trains on; add --stage"
+            )
+        if pairs and not dataset.holds_pairs:
+            raise UserError(
+                f"{dataset.prefix} holds no preference pairs, which this --stage needs: make them by "
+                "tools/preprocess_data.py with a pairwise --handler-name"
+            )
+
+
 def _blend(datasets: Weighted, name: str, data: DataConfig, seed: int, vocab_size: int) -> BlendedSamples:
     sources = [dataset.samples(name, data, seed) for _, dataset in datasets]
     return BlendedSamples(sources, [weight for weight, _ in datasets], vocab_size)
@@ -206,7 +216,7 @@ def micro_batches(
         )
     batches = []
     for start in micro_batch_starts(consumed, global_batch, micro_batch, dp_rank, dp_size):
-        batches.append(_stack([samples.sample(number) for number in range(start, start + micro_batch)]))
+        batches.append(stack([samples.sample(number) for number in range(start, start + micro_batch)]))
     return batches
 
 
@@ -215,10 +225,6 @@ def micro_batch_starts(
 ) -> range:
     """Returns the first sample of each of a rank's micro-batches."""
     return range(consumed + dp_rank * micro_batch, consumed + global_batch, micro_batch * dp_size)
-
-
-def _stack(samples: Sequence[Sample]) -> Batch:
-    return Batch(*(torch.stack(column) for column in zip(*samples, strict=True)))
 
 
 def parse_blend(data_path: Sequence[str]) -> list[tuple[float, str]]:

@@ -14,6 +14,31 @@ class Document:
     """Ids [n] int32."""
     loss_mask: np.ndarray | None = None
     """[n] bool, False where a token is not supervised; None: all tokens are supervised."""
+    rejected_start: int | None = None
+    """Of a preference pair, which is one document, the chosen conversation before the rejected one: the first
+    token of the rejected one. None: not a pair."""
+
+    @classmethod
+    def of_pair(cls, chosen: "Document", rejected: "Document") -> "Document":
+        """Joins two conversations with loss masks to a preference pair."""
+        assert chosen.loss_mask is not None
+        assert rejected.loss_mask is not None
+        return cls(
+            np.concatenate([chosen.tokens, rejected.tokens]),
+            np.concatenate([chosen.loss_mask, rejected.loss_mask]),
+            len(chosen.tokens),
+        )
+
+    def parts(self) -> list["Document"]:
+        """Returns the chosen and the rejected conversation of a pair; of another document itself."""
+        at = self.rejected_start
+        if at is None:
+            return [self]
+        assert self.loss_mask is not None
+        return [
+            Document(self.tokens[:at], self.loss_mask[:at]),
+            Document(self.tokens[at:], self.loss_mask[at:]),
+        ]
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from typing import Any
 from ascendspeed.data.document_progress import DocumentProgress
 from ascendspeed.data.handlers.base import MAX_DOCUMENT_BYTES, EncoderConfig, Handler
 from ascendspeed.data.handlers.registry import check_columns, unread_columns
-from ascendspeed.data.indexed.masked_pair import DTYPE, MaskedPairWriter, pair_prefix
-from ascendspeed.data.indexed.masked_pair import KEYS as MASKED_KEYS
+from ascendspeed.data.indexed.masked_pair import DTYPE, MaskedPairWriter, keys_of, pair_prefix
 from ascendspeed.data.indexed.megatron_pair import ENCODING_FACT, PairWriter, dtype_for
 from ascendspeed.data.readers import registry
 from ascendspeed.data.readers.shard import Shard
@@ -76,7 +75,7 @@ class ShardEncoder:
     def prefixes(self, prefix: str) -> list[str]:
         """Returns the prefixes of all pairs that are written."""
         if self._masked:
-            return [pair_prefix(prefix, key) for key in MASKED_KEYS]
+            return [pair_prefix(prefix, key) for stem in self.handler.keys for key in keys_of(stem)]
         return [pair_prefix(prefix, key) for key in self.handler.keys]
 
     def source(self, files: Sequence[Path]) -> str:
@@ -85,7 +84,11 @@ class ShardEncoder:
 
     def writer(self, prefix: str, key: str) -> PairWriter | MaskedPairWriter:
         """Opens the output files of a key."""
-        return MaskedPairWriter(prefix) if self._masked else PairWriter(pair_prefix(prefix, key), self._dtype)
+        return (
+            MaskedPairWriter(prefix, key)
+            if self._masked
+            else PairWriter(pair_prefix(prefix, key), self._dtype)
+        )
 
     def facts(self) -> dict[str, Any]:
         """Settings for P.meta."""

@@ -71,7 +71,7 @@ class ShardDocuments:
             return
         dtype = self.tokens.dtype
         self.tokens = np.concatenate([d.tokens for d in documents], dtype=dtype, casting="unsafe")
-        self.lengths = np.array([len(d.tokens) for d in documents], np.int32)
+        self.lengths = np.array([len(part.tokens) for d in documents for part in d.parts()], np.int32)
         if self._masked:
             self.supervised = np.concatenate([d.loss_mask for d in documents])
 
@@ -107,11 +107,13 @@ class DatasetOutput:
         """One log line: files, documents, tokens and skipped rows."""
         writer = self.writer
         size = f"{writer.documents:,} documents, {writer.tokens:,} tokens"
+        if isinstance(writer, MaskedPairWriter) and writer.stem == masked_pair.PREFERENCE:
+            size = f"{writer.documents // 2:,} preference pairs, {writer.tokens:,} tokens"
         written = f"{writer.prefix}.bin, .idx: {size}"
         if isinstance(writer, MaskedPairWriter):
-            names = " and ".join(masked_pair.pair_prefix("", key) for key in masked_pair.KEYS)
+            names = " and ".join(masked_pair.pair_prefix("", key) for key in writer.keys)
             written = f"{writer.prefix} ({names}): {size}, {writer.supervised:,} of them supervised"
-            if self._seq_length:
+            if self._seq_length and writer.stem != masked_pair.PREFERENCE:
                 written += f", {self.counts.truncated.describe(self._seq_length)}"
         skipped = self.counts.skipped.summary() or "none"
         return f"{written}; from {self.counts.rows:,} rows, skipped: {skipped}"

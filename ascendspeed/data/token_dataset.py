@@ -44,6 +44,8 @@ class TokenDataset(ABC):
     """Path as the user gave it, for messages."""
     has_loss_mask: bool
     """True if documents have loss masks and are packed; False for plain text."""
+    holds_pairs: bool = False
+    """True if documents are preference pairs."""
 
     @classmethod
     @abstractmethod

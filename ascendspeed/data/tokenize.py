@@ -50,12 +50,16 @@ class DocumentEncoder:
         truncated = Truncation()
         for document in encoded.documents:
             if isinstance(document, Document):
-                document = self._append_eod(document)
+                document = self._append_eods(document)
                 if self._max_length is not None and len(document.tokens) > self._max_length:
                     document, truncation = _truncate(document, self._max_length)
                     truncated += truncation
             documents.append(document)
         return replace(encoded, documents=documents, truncated=truncated)
+
+    def _append_eods(self, document: Document) -> Document:
+        parts = [self._append_eod(part) for part in document.parts()]
+        return parts[0] if len(parts) == 1 else Document.of_pair(*parts)
 
     def _append_eod(self, document: Document) -> Document:
         tokens, mask = document.tokens, document.loss_mask
@@ -69,6 +73,9 @@ class DocumentEncoder:
 def _truncate(document: Document, length: int) -> tuple[Document | Fault, Truncation]:
     tokens, mask = document.tokens, document.loss_mask
     assert mask is not None  # plain text is not truncated
+    if document.rejected_start is not None:
+        detail = f"{len(tokens)} tokens of chosen and rejected together, and --seq-length is {length}"
+        return Fault("pair longer than --seq-length", detail), Truncation()
     supervision = count_supervised(mask, np.array([len(tokens)]), length)
     if not supervision.tokens[0]:
         detail = f"{len(tokens)} tokens, and the supervised ones come after {length}"

@@ -51,6 +51,8 @@ class Handler(ABC):
     has_loss_mask: ClassVar[bool] = False
     """True if documents have loss masks: they become masked pairs, and files that cannot be read are counted,
     not refused."""
+    has_pairs: ClassVar[bool] = False
+    """True if documents are preference pairs, which have loss masks."""
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ cannot be read becomes a `Fault`.
 
 import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from ascendspeed.data.document import Document, EncodedRows, Fault
@@ -27,6 +27,8 @@ from ascendspeed.utils.text import shorten
 
 Row = Mapping[str, Any]
 WHERE = "conversation"
+ANSWERS = ("output", "chosen", "rejected")
+"""Columns of answers, for the kind of a fault."""
 
 
 class InstructionHandler(Handler):
@@ -40,8 +42,9 @@ class InstructionHandler(Handler):
         self._longest = config.longest
 
     @abstractmethod
-    def segments(self, row: Row) -> list[PromptSegment]:
-        """Returns the segments of a row. Raises `InvalidConversation` with the kind of the fault."""
+    def conversations(self, row: Row) -> list[list[PromptSegment]]:
+        """Returns the segments of a row's conversation, or of both conversations of a pair. Raises
+        `InvalidConversation` with the kind of the fault."""
 
     def encode_rows(self, rows: RowBatch) -> dict[str, EncodedRows]:
         names = self.columns
@@ -49,19 +52,25 @@ class InstructionHandler(Handler):
         for values in zip(*(rows[name] for name in names), strict=True):
             results.append(self._read(dict(zip(names, values, strict=True))))
         valid = [result for result in results if not isinstance(result, Fault)]
-        encoded = iter(self.encode_segments([segments for segments, _ in valid]))
+        flat = [segments for conversations, _ in valid for segments in conversations]
+        encoded = iter([Document(*pair) for pair in self.encode_segments(flat)])
         documents: list[Document | Fault] = []
         for result in results:
-            documents.append(result if isinstance(result, Fault) else Document(*next(encoded)))
-        return {"packed": EncodedRows(documents, sum(size for _, size in valid))}
+            documents.append(result if isinstance(result, Fault) else self._next_document(encoded))
+        return {self.keys[0]: EncodedRows(documents, sum(size for _, size in valid))}
 
-    def _read(self, row: Row) -> tuple[list[PromptSegment], int] | Fault:
-        """Returns the segments of a row and the size of their text in bytes."""
+    def _next_document(self, encoded: Iterator[Document]) -> Document:
+        """Returns the document of a row from its encoded conversations, the next ones in `encoded`."""
+        return Document.of_pair(next(encoded), next(encoded)) if self.has_pairs else next(encoded)
+
+    def _read(self, row: Row) -> tuple[list[list[PromptSegment]], int] | Fault:
+        """Returns the segments of a row's conversations and the size of their text in bytes."""
         invalid = next((value for value in row.values() if isinstance(value, InvalidValue)), None)
         if invalid:
             return Fault(invalid.kind, invalid.detail)
         try:
-            segments = self.segments(row)
+            conversations = self.conversations(row)
+            segments = [segment for conversation in conversations for segment in conversation]
             texts = [segment.content for segment in segments if isinstance(segment.content, str)]
             size = sum(len(text.encode()) for text in texts)
         except InvalidConversation as error:
@@ -71,7 +80,7 @@ class InstructionHandler(Handler):
         damaged = next((text for text in texts if "\0" in text), None)
         if damaged:
             return nul_fault(damaged)
-        return Fault("huge", f"{size} bytes") if size > self._longest else (segments, size)
+        return Fault("huge", f"{size} bytes") if size > self._longest else (conversations, size)
 
 
 class GeneralInstructionHandler(InstructionHandler):
@@ -94,13 +103,13 @@ class GeneralInstructionHandler(InstructionHandler):
         self._append_eod = config.append_eod
         self.encode_segments = SegmentEncoder(tokenizer.encode_batch)
 
-    def segments(self, row: Row) -> list[PromptSegment]:
+    def conversations(self, row: Row) -> list[list[PromptSegment]]:
         segments = [*self._begin, PromptSegment(self.HEAD)]
         turns = self.turns(row)
         for number, (question, answer) in enumerate(turns, 1):
             segments.append(PromptSegment(f"### Instruction:\n{question}\n### Response:\n"))
             segments.append(PromptSegment(f"{answer}\n", self._all_answers or number == len(turns)))
-        return segments
+        return [segments]
 
     @property
     def notes(self) -> list[str]:
@@ -111,7 +120,7 @@ class GeneralInstructionHandler(InstructionHandler):
     def turns(self, row: Row) -> list[tuple[str, str]]:
         """Returns (question, answer) of every turn."""
         question, context = _alpaca_question(row)
-        return [(f"{question}\n{context or ''}", _text(row, "output"))]
+        return [(f"{question}\n{context or ''}", required_text(row, "output"))]
 
 
 class BelleMultiTurnInstructionHandler(GeneralInstructionHandler):
@@ -126,10 +135,10 @@ class BelleMultiTurnInstructionHandler(GeneralInstructionHandler):
     SPEAKERS: ClassVar[re.Pattern[str]] = re.compile("(Human|Assistant):")
 
     def turns(self, row: Row) -> list[tuple[str, str]]:
-        before, *parts = self.SPEAKERS.split(_text(row, "instruction"))
+        before, *parts = self.SPEAKERS.split(required_text(row, "instruction"))
         if parts[-2:-1] == ["Assistant"] and not parts[-1].strip():
             parts = parts[:-2]  # the cue for the answer
-        parts += ["Assistant", _text(row, "output")]
+        parts += ["Assistant", required_text(row, "output")]
         speakers = parts[::2]
         texts = [text.strip() for text in parts[1::2]]
         if before.strip() or speakers != ["Human", "Assistant"] * (len(speakers) // 2):
@@ -147,7 +156,7 @@ class BelleMultiTurnInstructionHandler(GeneralInstructionHandler):
 class ChatHandler(InstructionHandler):
     """Conversations in the model's own chat format."""
 
-    accepted_settings = ("chat_template", "system", "loss_on")
+    accepted_settings: ClassVar[tuple[str, ...]] = ("chat_template", "system", "loss_on")
 
     def __init__(self, config: EncoderConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, tokenizer)
@@ -156,9 +165,12 @@ class ChatHandler(InstructionHandler):
         self._system = config.system
         self._last_only = config.loss_on == "last"
 
-    def segments(self, row: Row) -> list[PromptSegment]:
-        messages = read_training_messages(self.messages(row), WHERE)
-        column = _optional_text(row, "system")
+    def conversations(self, row: Row) -> list[list[PromptSegment]]:
+        return [self._segments(row, read_training_messages(self.messages(row), WHERE), self._last_only)]
+
+    def _segments(self, row: Row, messages: list[Message], last_only: bool) -> list[PromptSegment]:
+        """Returns the segments of a conversation, with the system message and the tools of the row."""
+        column = optional_text(row, "system")
         first = messages[0]
         if first.role != "system" or first.name is not None:  # a system message with a name describes tools
             system = column or self._system
@@ -167,7 +179,7 @@ class ChatHandler(InstructionHandler):
         elif column and column.strip() != first.content.strip():
             detail = f"the column is {shorten(column)}, the conversation begins with {shorten(first.content)}"
             raise InvalidConversation("two system messages", f"'system': {detail}")
-        return self.chat.training_segments(messages, WHERE, _tools(row.get("tools")), self._last_only)
+        return self.chat.training_segments(messages, WHERE, _tools(row.get("tools")), last_only)
 
     @property
     def notes(self) -> list[str]:
@@ -177,9 +189,9 @@ class ChatHandler(InstructionHandler):
     def facts(self) -> dict[str, Any]:
         return {"chat_template": self.chat.name}
 
-    @abstractmethod
     def messages(self, row: Row) -> Sequence[Any]:
         """Returns the messages of a row, with role and content, at least one."""
+        raise NotImplementedError
 
 
 class AlpacaStyleInstructionHandler(ChatHandler):
@@ -189,15 +201,7 @@ class AlpacaStyleInstructionHandler(ChatHandler):
     optional = ("input", "system", "history")
 
     def messages(self, row: Row) -> Sequence[Any]:
-        question, context = _alpaca_question(row)
-        answer = _text(row, "output")
-        if context and context.strip():
-            question = f"{question}\n{context}"
-        messages = []
-        for user, assistant in [*_history(row["history"]), (question, answer)]:
-            messages.append({"role": "user", "content": user})
-            messages.append({"role": "assistant", "content": assistant})
-        return messages
+        return [*alpaca_prompt(row), {"role": "assistant", "content": required_text(row, "output")}]
 
 
 class SharegptStyleInstructionHandler(ChatHandler):
@@ -210,7 +214,7 @@ class SharegptStyleInstructionHandler(ChatHandler):
     def missing(self, present: Sequence[str]) -> str | None:
         return None if set(self.LISTS) & set(present) else " or ".join(self.LISTS)
 
-    def _read(self, row: Row) -> tuple[list[PromptSegment], int] | Fault:
+    def _read(self, row: Row) -> tuple[list[list[PromptSegment]], int] | Fault:
         """Reads a row; one of the lists is enough, so a column similar to another name is no fault."""
         has_list = any(row[name] and not isinstance(row[name], InvalidValue) for name in self.LISTS)
         misspelled = []
@@ -221,21 +225,38 @@ class SharegptStyleInstructionHandler(ChatHandler):
         return super()._read({**row, **dict.fromkeys(misspelled)})
 
     def messages(self, row: Row) -> Sequence[Any]:
-        lists = {name: row[name] for name in self.LISTS if row[name]}
-        if not lists:
-            value = next((row[name] for name in self.LISTS if row[name] is not None), None)
-            raise InvalidConversation(
-                "no conversation", f"{' or '.join(self.LISTS)} is {shorten(value)}, not a list of messages"
-            )
-        conversations = [chat_rows.read_conversation(value, name) for name, value in lists.items()]
-        if any(other != conversations[0] for other in conversations[1:]):
-            raise InvalidConversation(
-                "two conversations", f"{' and '.join(lists)} hold different messages; remove one of them"
-            )
-        return conversations[0]
+        return conversation_of(row, self.LISTS)
 
 
-def _text(row: Row, name: str) -> str:
+def conversation_of(row: Row, lists: Sequence[str]) -> list[Any]:
+    """Returns the messages in the columns `lists`, one of which is enough. Raises `InvalidConversation`."""
+    filled = {name: row[name] for name in lists if row[name]}
+    if not filled:
+        value = next((row[name] for name in lists if row[name] is not None), None)
+        raise InvalidConversation(
+            "no conversation", f"{' or '.join(lists)} is {shorten(value)}, not a list of messages"
+        )
+    conversations = [chat_rows.read_conversation(value, name) for name, value in filled.items()]
+    if any(other != conversations[0] for other in conversations[1:]):
+        raise InvalidConversation(
+            "two conversations", f"{' and '.join(filled)} hold different messages; remove one of them"
+        )
+    return conversations[0]
+
+
+def alpaca_prompt(row: Row) -> list[Any]:
+    """Returns the messages of an Alpaca row up to its last question. Raises `InvalidConversation`."""
+    question, context = _alpaca_question(row)
+    if context and context.strip():
+        question = f"{question}\n{context}"
+    messages = []
+    for user, assistant in _history(row["history"]):
+        messages.append({"role": "user", "content": user})
+        messages.append({"role": "assistant", "content": assistant})
+    return [*messages, {"role": "user", "content": question}]
+
+
+def required_text(row: Row, name: str) -> str:
     """Returns the text of a required column. Raises `InvalidConversation`."""
     value = row[name]
     if value is None:
@@ -244,18 +265,18 @@ def _text(row: Row, name: str) -> str:
         raise InvalidConversation("not text", f"{name!r} is {shorten(value)}, not a text")
     if not value.strip():
         raise InvalidConversation(
-            "empty answer" if name == "output" else "empty question", f"{name!r} says nothing"
+            "empty answer" if name in ANSWERS else "empty question", f"{name!r} says nothing"
         )
     return value
 
 
 def _alpaca_question(row: Row) -> tuple[str, str | None]:
     """Returns instruction and input of an Alpaca row. Raises `InvalidConversation`."""
-    instruction, context = alpaca_question(row["instruction"], _optional_text(row, "input"))
-    return _text({"instruction": instruction}, "instruction"), context
+    instruction, context = alpaca_question(row["instruction"], optional_text(row, "input"))
+    return required_text({"instruction": instruction}, "instruction"), context
 
 
-def _optional_text(row: Row, name: str) -> str | None:
+def optional_text(row: Row, name: str) -> str | None:
     """Returns the text of an optional column, or None. Raises `InvalidConversation` for another type."""
     value = row.get(name)
     if value is not None and not isinstance(value, str):

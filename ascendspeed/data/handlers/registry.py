@@ -12,6 +12,11 @@ from ascendspeed.data.handlers.instruction import (
     GeneralInstructionHandler,
     SharegptStyleInstructionHandler,
 )
+from ascendspeed.data.handlers.pairwise import (
+    AlpacaStylePairwiseHandler,
+    HuggingFacePairwiseHandler,
+    SharegptStylePairwiseHandler,
+)
 from ascendspeed.data.handlers.pretrain import AlpacaPretrainHandler, GeneralPretrainHandler
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
@@ -34,6 +39,9 @@ HANDLER_CLASSES: tuple[type[Handler], ...] = (
     AlpacaStyleInstructionHandler,
     SharegptStyleInstructionHandler,
     BelleMultiTurnInstructionHandler,
+    AlpacaStylePairwiseHandler,
+    SharegptStylePairwiseHandler,
+    HuggingFacePairwiseHandler,
 )
 HANDLERS: dict[str, type[Handler]] = {kind.__name__: kind for kind in HANDLER_CLASSES}
 HANDLER_SETTINGS = ("chat_template", "system", "loss_on")

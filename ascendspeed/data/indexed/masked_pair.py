@@ -29,8 +29,21 @@ from ascendspeed.data.indexed.megatron_pair import (
 from ascendspeed.data.token_dataset import SampleSource, TokenDataset, check_max_token
 from ascendspeed.utils.errors import UserError
 
-KEYS = ("packed_input_ids", "packed_labels")
-UNTRAINABLE = {KEYS[1]: "labels", "packed_attention_mask": "attention masks"}
+INSTRUCTION, PREFERENCE = "packed", "preference"
+"""Beginnings of the keys of instruction data and of preference data."""
+
+
+def keys_of(stem: str) -> tuple[str, str]:
+    """Returns the keys of the ids and of the labels."""
+    return f"{stem}_input_ids", f"{stem}_labels"
+
+
+KEYS = keys_of(INSTRUCTION)
+UNTRAINABLE = {
+    KEYS[1]: "labels",
+    keys_of(PREFERENCE)[1]: "labels",
+    "packed_attention_mask": "attention masks",
+}
 """Keys of pairs that only accompany the ids -> their content."""
 IGNORED = -100
 DTYPE = np.dtype(np.int32)
@@ -43,19 +56,20 @@ def pair_prefix(prefix: str | Path, key: str) -> str:
     return f"{prefix}_{key}_document"
 
 
-def find_pairs(prefix: str) -> tuple[str, str] | None:
+def find_pairs(prefix: str, stem: str = INSTRUCTION) -> tuple[str, str] | None:
     """Returns the prefixes (ids, labels) of the masked pair that `--data-path` names; None if it names
     something else.
 
-    Its name is `P`, as given to preprocessing, `P_packed`, or the prefix of its ids. Raises `UserError` for
+    Its name is `P`, as given to preprocessing, `P_<stem>`, or the prefix of its ids. Raises `UserError` for
     the name of its labels or attention masks.
     """
     for key, content in UNTRAINABLE.items():
         if prefix.endswith(f"_{key}_document"):
             name = prefix.removesuffix(f"_{key}_document")
             raise UserError(f"{prefix}: these are {content}; give {name}")
-    for name in (prefix, prefix.removesuffix("_packed"), prefix.removesuffix(f"_{KEYS[0]}_document")):
-        ids, labels = (pair_prefix(name, key) for key in KEYS)
+    keys = keys_of(stem)
+    for name in (prefix, prefix.removesuffix(f"_{stem}"), prefix.removesuffix(f"_{keys[0]}_document")):
+        ids, labels = (pair_prefix(name, key) for key in keys)
         if pair_file(ids, "idx").is_file() and (name != prefix or not pair_file(prefix, "idx").is_file()):
             return ids, labels
     return None
@@ -96,17 +110,17 @@ class MaskedPair(TokenDataset):
 
     @classmethod
     def open(cls, path: str, data: DataConfig, vocab_size: int) -> Self:
-        dataset = cls(path, *_existing_pairs(path))
+        dataset = cls(path, *existing_pairs(path))
         check_max_token(path, cls.facts(path), dataset.tokens, vocab_size)
         return dataset
 
     @classmethod
     def files(cls, path: str) -> list[Path]:
-        return [pair_file(prefix, suffix) for prefix in _existing_pairs(path) for suffix in ("bin", "idx")]
+        return [pair_file(prefix, suffix) for prefix in existing_pairs(path) for suffix in ("bin", "idx")]
 
     @classmethod
     def facts(cls, path: str) -> dict[str, Any]:
-        return read_facts(_existing_pairs(path)[0])
+        return read_facts(existing_pairs(path)[0])
 
     def samples(self, split: str, data: DataConfig, seed: int) -> SampleSource:
         from ascendspeed.data.packing.algorithms import FirstFit  # writing needs no torch
@@ -152,8 +166,9 @@ class MaskedPair(TokenDataset):
         return len(self.lengths)
 
 
-def _existing_pairs(path: str) -> tuple[str, str]:
-    pairs = find_pairs(path)
+def existing_pairs(path: str, stem: str = INSTRUCTION) -> tuple[str, str]:
+    """Returns the result of `find_pairs` for a path that it has found."""
+    pairs = find_pairs(path, stem)
     assert pairs is not None  # after `match`
     return pairs
 
@@ -161,12 +176,14 @@ def _existing_pairs(path: str) -> tuple[str, str]:
 class MaskedPairWriter:
     """Writes a masked pair, with the interface of `PairWriter`."""
 
-    def __init__(self, prefix: str | Path) -> None:
-        self.prefix = f"{prefix}_packed"
+    def __init__(self, prefix: str | Path, stem: str = INSTRUCTION) -> None:
+        self.prefix = f"{prefix}_{stem}"
+        self.stem = stem
+        self.keys = keys_of(stem)
         self.supervised = 0
         with ExitStack() as stack:  # opens both pairs or none
             self._ids, self._labels = (
-                stack.enter_context(PairWriter(pair_prefix(prefix, key), DTYPE)) for key in KEYS
+                stack.enter_context(PairWriter(pair_prefix(prefix, key), DTYPE)) for key in self.keys
             )
             self._stack = stack.pop_all()
         # One digest for each array, so that the result does not depend on how documents are grouped.

@@ -5,7 +5,7 @@ import torch
 
 from ascendspeed.data.document import Document
 from ascendspeed.data.packing.base import GetDocument, Packer, Packing, StreamPosition
-from ascendspeed.data.packing.rows import Sample, assemble_row
+from ascendspeed.data.packing.rows import Sample, assemble_pairs, assemble_row
 
 
 class FirstFit(Packer):
@@ -92,6 +92,8 @@ class ContiguousText(Packer):
 
 
 def _whole_documents(documents: list[Document], row_length: int) -> Sample:
+    if documents[0].rejected_start is not None:
+        return assemble_pairs(documents, row_length)
     return assemble_row([(document, 0, len(document.tokens)) for document in documents], row_length)
 
 

@@ -15,7 +15,12 @@ from ascendspeed.utils.errors import UserError
 
 
 def packed_samples(
-    documents: Documents, split: str, data: DataConfig, seed: int, default: type[Packer]
+    documents: Documents,
+    split: str,
+    data: DataConfig,
+    seed: int,
+    default: type[Packer],
+    kind: "type[PackedSamples] | None" = None,
 ) -> "PackedSamples":
     """Packs the documents of one split by `--packing`; every file is divided by `--split` on its own."""
     selected = []
@@ -23,7 +28,8 @@ def packed_samples(
         selected.append(start + np.array(split_range(data.split, split, stop - start), int))
     numbers = np.concatenate(selected)
     description = describe_split(data, split, len(numbers), len(documents.lengths))
-    return PackedSamples(documents, numbers, data.seq_length, create_packer(data, default), seed, description)
+    packer = create_packer(data, default)
+    return (kind or PackedSamples)(documents, numbers, data.seq_length, packer, seed, description)
 
 
 class PackedSamples:
@@ -114,14 +120,18 @@ class PackedSamples:
         supervised = ""
         if self.supervised_tokens:
             supervised = f", {self.supervised_tokens:,} of {self._packing.tokens:,} tokens in the loss"
-        losses = [
+        losses = self._losses()
+        reported = [description for count, description in losses if count]
+        return "; ".join([f"{self.prefix}: {rows}, {self.filled:.1%} filled{supervised}", *reported])
+
+    def _losses(self) -> list[tuple[int, str]]:
+        """Counts of documents and tokens that are not trained on, with their description."""
+        return [
             (self.truncated.documents, self.truncated.describe(self._row_length)),
             (self.without_answers, f"{self.without_answers:,} left out, as nothing of their answers fits"),
             (self.unsupervised, f"{self.unsupervised:,} left out, as they have no supervised token"),
             (self.dropped_tokens, f"{self.dropped_tokens:,} tokens left out, as they fill no row"),
         ]
-        reported = [description for count, description in losses if count]
-        return "; ".join([f"{self.prefix}: {rows}, {self.filled:.1%} filled{supervised}", *reported])
 
     def sample(self, number: int) -> Sample:
         """Returns sample `number` >= 0; numbers beyond an epoch continue in the next one."""

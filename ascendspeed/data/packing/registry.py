@@ -23,10 +23,10 @@ def create_packer(data: DataConfig, default: type[Packer]) -> Packer:
     return packer.from_config(data)
 
 
-def create_stream_packer(data: DataConfig) -> Packer:
+def create_stream_packer(data: DataConfig, default: type[Packer] = FirstFit) -> Packer:
     """Creates the packer of `--packing` for masked documents in a stream. Raises `UserError` if it cannot
     pack streams."""
-    packer = _packer_class(data, FirstFit)
+    packer = _packer_class(data, default)
     if not packer.packs_streams:
         names = " or ".join(packer.name for packer in PACKERS if packer.packs_streams)
         raise UserError(f"--packing {data.packing}: documents that are tokenized in training take {names}")

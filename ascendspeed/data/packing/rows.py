@@ -6,7 +6,8 @@ document: attention finds the document boundaries by them. The unused end of a r
 without labels.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +15,37 @@ from torch import Tensor
 
 from ascendspeed.data.document import Document
 
-Sample = tuple[Tensor, Tensor, Tensor, Tensor]
+PlainSample = tuple[Tensor, Tensor, Tensor, Tensor]
 """tokens, labels, loss_mask, position_ids, each [s]; int64 except the float32 mask."""
+
+
+class PairSample(NamedTuple):
+    """A sample of preference pairs: a `Sample`, and the conversation of every position."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    conversations: Tensor
+    """[s] int64: 2 i in the chosen and 2 i + 1 in the rejected conversation of pair i of the row; 0 in the
+    unused end."""
+    pairs: int
+    """Pairs in the row."""
+    reference: Tensor | None = None
+    """[2 pairs] log-probability of every answer under the reference weights, fp32."""
+
+
+Sample = PlainSample | PairSample
+
+
+def assemble_pairs(pairs: Sequence[Document], row_length: int) -> PairSample:
+    """Puts both conversations of every pair after one another into a sample of `row_length` positions."""
+    parts = [part for pair in pairs for part in pair.parts()]
+    lengths = [len(part.tokens) for part in parts]
+    conversations = np.zeros(row_length, np.int64)
+    conversations[: sum(lengths)] = np.repeat(np.arange(len(parts)), lengths)
+    row = assemble_row([(part, 0, len(part.tokens)) for part in parts], row_length)
+    return PairSample(*row, torch.from_numpy(conversations), len(pairs))
 
 
 def assemble_row(
@@ -23,7 +53,7 @@ def assemble_row(
     row_length: int,
     predicts_across_rows: bool = False,
     position_period: int | None = None,
-) -> Sample:
+) -> PlainSample:
     """Concatenates parts (document, start, stop) into a sample of `row_length` positions; options as in
     `Packer`."""
     tokens = np.zeros(row_length, np.int64)

@@ -41,6 +41,7 @@ class StreamedDataset(TokenDataset):
         self.encoder = DocumentEncoder(_encoder_config(path, data))
         handler = self.encoder.handler
         self.has_loss_mask = handler.has_loss_mask
+        self.holds_pairs = handler.has_pairs
         if len(handler.keys) > 1:
             raise UserError(
                 f"--json-keys {' '.join(data.json_keys)}: one column is streamed; blend data sets by "

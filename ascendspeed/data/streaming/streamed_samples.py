@@ -18,7 +18,7 @@ import numpy as np
 
 from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.document import Document, Fault, Truncation
-from ascendspeed.data.packing.algorithms import ContiguousText
+from ascendspeed.data.packing.algorithms import ContiguousText, FirstFit, OnePerRow
 from ascendspeed.data.packing.registry import create_stream_packer
 from ascendspeed.data.packing.rows import Sample
 from ascendspeed.data.skipped_rows import SkippedRow, SkippedRows
@@ -64,7 +64,8 @@ class StreamedSamples:
         self._seed = seed
         self._seq_length = data.seq_length
         self._stream_count = max(1, min(STREAMS, len(rows) // MIN_ROWS_PER_STREAM))
-        self._packer = create_stream_packer(data) if dataset.has_loss_mask else ContiguousText()
+        default = OnePerRow if dataset.holds_pairs else FirstFit
+        self._packer = create_stream_packer(data, default) if dataset.has_loss_mask else ContiguousText()
         self._report = _SkipReport(dataset, data.strict)
         self._truncated = Truncation()
         self._tokens_per_row = self._probe()

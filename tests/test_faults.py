@@ -509,9 +509,14 @@ def test_a_loss_that_is_none_updates_nothing_though_its_gradients_are_finite(
 def add_to_losses(engine, constants: list[float]) -> Callable[[], None]:
     """Changes the next micro-batches as an engine sees them; returns a function that restores the engine."""
     left = iter(constants)
-    if hasattr(engine, "_loss_sum"):  # DeepSpeed's
-        name, real = "_loss_sum", engine._loss_sum
-        engine._loss_sum = lambda batch: real(batch) + next(left)
+    if hasattr(engine, "_token_losses"):  # DeepSpeed's
+        name, real = "_loss_sums", engine._loss_sums
+
+        def loss_sums(batch):
+            constant = next(left)
+            return type(sums := real(batch))(*(value + constant for value in sums))
+
+        engine._loss_sums = loss_sums
     else:
         name, real = "_forward", engine._forward
 

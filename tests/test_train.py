@@ -50,7 +50,7 @@ class Recorder:
         loss = self.loss_skipped if skipped else self.losses[number] if self.losses else 1.0
         return StepResult(
             loss=loss,
-            tokens=10 * (number + 1),
+            items=10 * (number + 1),
             grad_norm=0.5,
             skipped=skipped,
             loss_scale=self.scale,

@@ -51,6 +51,7 @@ class TrainCommand:
     optim: FlagCreatePairsOff[schema.OptimConfig] = field(default_factory=schema.OptimConfig)
     parallel: FlagCreatePairsOff[ParallelConfig] = field(default_factory=ParallelConfig)
     lora: FlagCreatePairsOff[schema.LoraConfig] = field(default_factory=schema.LoraConfig)
+    preference: FlagCreatePairsOff[schema.PreferenceConfig] = field(default_factory=schema.PreferenceConfig)
     model: ModelConfig = field(default_factory=lambda: families.preset(DEFAULT_MODEL))
 
 
@@ -84,8 +85,9 @@ def resolve_line(line: CommandLine[Any], world: int | None) -> tuple[Run, list[s
         notes.append(_balancing_note(model))
     _check_data(options.data, line.typed)
     train = _length_of(train, line.typed)
+    validation.check_preference(options.preference, line.typed)
     lora = targets.resolve_config(model, options.lora)
-    run = Run(model, parallel, options.optim, _mocked(options.data), train, lora)
+    run = Run(model, parallel, options.optim, _mocked(options.data), train, lora, options.preference)
     line.legacy.check(run)
     validation.check_run(run, world)
     if line.dumps:

@@ -1,7 +1,7 @@
 """Validation of a run before any process group exists. No torch."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from ascendspeed.cli.command import check_precision
@@ -9,7 +9,7 @@ from ascendspeed.cli.optimizer_checks import check_muon, check_safeguards
 from ascendspeed.cli.parser import flag_of
 from ascendspeed.config import batch_schedule, lr_schedule, schema
 from ascendspeed.config.pipeline_stages import pipeline_stage_layers
-from ascendspeed.config.schema import ModelConfig, ParallelConfig, Run
+from ascendspeed.config.schema import ModelConfig, ParallelConfig, PreferenceConfig, Run
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.families.base import check_experts, check_heads
 from ascendspeed.models.families.rope_config import check_rope
@@ -24,6 +24,7 @@ A_YEAR: Rule = ("must be at most 525600, a year", lambda value: value <= 525600)
 POSITIVE: Rule = ("must be above 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE: Rule = ("must be 0 or more", lambda value: 0 <= value < math.inf)
 SHARE: Rule = ("must be at least 0 and below 1", lambda value: 0 <= value < 1)
+BELOW_HALF: Rule = ("must be at least 0 and below 0.5", lambda value: 0 <= value < 0.5)
 
 RANGES: dict[str, dict[Rule, str]] = {
     "model": {
@@ -57,6 +58,11 @@ RANGES: dict[str, dict[Rule, str]] = {
         BELOW_2_31: "lora_rank",
         POSITIVE: "lora_alpha",
         SHARE: "lora_dropout",
+    },
+    "preference": {
+        POSITIVE: "beta kto_desirable_weight kto_undesirable_weight",
+        NOT_NEGATIVE: "simpo_gamma orpo_lambda",
+        BELOW_HALF: "dpo_label_smoothing",
     },
     "train": {
         AT_LEAST_1: "micro_batch_size global_batch_size train_iters train_samples log_interval eval_iters "
@@ -194,6 +200,33 @@ def _check_biases(model: ModelConfig) -> None:
         if getattr(model, name) and not any(mapping.condition == name for mapping in mappings):
             raise UserError(
                 f"{flag_of(name)}: the models of the family {model.family} have no such bias; leave it out"
+            )
+
+
+LOSS_SETTINGS = {
+    "beta": ("dpo", "ipo", "orpo", "simpo", "kto"),
+    "dpo_label_smoothing": ("dpo", "simpo"),
+    "simpo_gamma": ("simpo",),
+    "orpo_lambda": ("orpo",),
+    "kto_desirable_weight": ("kto",),
+    "kto_undesirable_weight": ("kto",),
+}
+"""Fields of `PreferenceConfig` -> values of --loss that use them."""
+
+
+def check_preference(preference: PreferenceConfig, typed: Collection[str]) -> None:
+    """Raises UserError for given flags that the stage or the loss of the run does not use."""
+    for name in ("loss", *LOSS_SETTINGS):
+        if name not in typed:
+            continue
+        flag = f"{flag_of(name)} {getattr(preference, name)}"
+        if preference.stage != "dpo":
+            raise UserError(f"{flag} belongs to --stage dpo; add it, or leave {flag_of(name)} out")
+        losses = LOSS_SETTINGS.get(name, (preference.loss,))
+        if preference.loss not in losses:
+            raise UserError(
+                f"{flag} means nothing to --loss {preference.loss}, only to {' and '.join(losses)}; leave "
+                "it out"
             )
 
 

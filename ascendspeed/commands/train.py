@@ -25,7 +25,7 @@ def main(record: RunRecord | None = None) -> int:
     # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
     from ascendspeed.config.schema import to_dict
     from ascendspeed.distributed import fused_kernels, onednn, process_groups
-    from ascendspeed.training import data_setup, engines, input_record, loop, setup
+    from ascendspeed.training import data_setup, engines, input_record, loop, reference, setup
     from ascendspeed.training.fault_tolerance import RunMonitor
     from ascendspeed.training.metrics_log import MetricsLogger
 
@@ -64,6 +64,7 @@ def main(record: RunRecord | None = None) -> int:
         engine = build(start.tensors)
         if start.resume:
             engine.restore(start.resume)
+        reference.attach(run, grid, engine, batches, start)
         loop.train(run, grid, device, engine, batches, log, start, watch)
     process_groups.destroy()
     return watch.exit_code

@@ -457,6 +457,46 @@ class LoraConfig:
     """Fingerprint of the base weights of the adapters (`conversion.weights_identity.sampled`)."""
 
 
+REFERENCE_LOSSES = ("dpo", "ipo", "kto")
+"""Values of `--loss` that compare with the weights from before the training."""
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """Training on pairs of a chosen and a rejected answer."""
+
+    stage: Literal["pretrain", "sft", "dpo"] | None = None
+    """Stage of the training: pretrain and sft predict the next token; dpo trains on preference pairs by
+    --loss. None: pretrain or sft, by the data."""
+    loss: Literal["dpo", "ipo", "orpo", "simpo", "kto"] = "dpo"
+    """Loss of --stage dpo. dpo, ipo and kto compare with a reference: the weights of --load, or for LoRA the
+    weights without adapters; orpo and simpo do not."""
+    beta: Annotated[float, alias("dpo-beta")] = 0.1
+    """Strength of the tie to the reference (dpo, ipo, kto); factor of the rewards (simpo, orpo)."""
+    dpo_label_smoothing: float = 0.0
+    """Assumed share of pairs whose answers are swapped (dpo, simpo)."""
+    simpo_gamma: float = 1.0
+    """Margin between the rewards that simpo aims at."""
+    orpo_lambda: float = 0.1
+    """Weight of the odds ratio beside the cross entropy of the chosen answer (orpo)."""
+    kto_desirable_weight: float = 1.0
+    """Weight of chosen answers (kto)."""
+    kto_undesirable_weight: float = 1.0
+    """Weight of rejected answers (kto)."""
+    reference_fingerprint: Suppress[str | None] = None
+    """Fingerprint of the reference weights (`conversion.weights_identity.sampled`)."""
+
+    @property
+    def trains_on_pairs(self) -> bool:
+        """True if the data are preference pairs."""
+        return self.stage == "dpo"
+
+    @property
+    def needs_reference(self) -> bool:
+        """True if the loss compares with reference weights."""
+        return self.stage == "dpo" and self.loss in REFERENCE_LOSSES
+
+
 @dataclass(frozen=True)
 class InputRecord:
     """Content of what a run has read, for notes when its checkpoint is continued; no flags set it."""
@@ -481,6 +521,7 @@ class Run:
     data: DataConfig
     train: TrainConfig
     lora: LoraConfig = field(default_factory=LoraConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     inputs: InputRecord = field(default_factory=InputRecord)
 
 
@@ -530,9 +571,10 @@ def from_dict(values: dict[str, Any]) -> Run:
         parts = {name: _group_from_dict(group, values[name]) for name, group in groups.items()}
         lora = _group_from_dict(LoraConfig, values.get("lora", {}))  # absent in older checkpoints
         inputs = _group_from_dict(InputRecord, values.get("inputs", {}))  # likewise
+        preference = _group_from_dict(PreferenceConfig, values.get("preference", {}))  # likewise
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"run.json is not one of this version: {str(error)[:200]}") from error
-    return Run(**parts, lora=lora, inputs=inputs)
+    return Run(**parts, lora=lora, preference=preference, inputs=inputs)
 
 
 def _group_from_dict(group: type, values: dict[str, Any]) -> Any:

@@ -3,13 +3,13 @@
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from ascendspeed.config import lr_schedule
 from ascendspeed.config.batch_schedule import batch_size_at
-from ascendspeed.config.schema import DataConfig, Run
+from ascendspeed.config.schema import DataConfig, Run, TrainConfig
 from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
 from ascendspeed.data.handlers.registry import HANDLERS
@@ -74,7 +74,11 @@ def open_data(run: Run, grid: ProcessGrid) -> tuple[Run, BatchFunction]:
     if run.train.eval_interval:
         iterations["valid"] = run.train.eval_iters
     splits = dataset.build_splits(
-        with_chat_template(run.data), run.train.seed, run.model.vocab_size, list(iterations)
+        with_chat_template(run.data),
+        run.train.seed,
+        run.model.vocab_size,
+        list(iterations),
+        run.preference.trains_on_pairs,
     )
     _note_shared_files(run.data)
     run = replace(run, data=replace(run.data, chat_template=recorded_template(run.data)))
@@ -83,16 +87,26 @@ def open_data(run: Run, grid: ProcessGrid) -> tuple[Run, BatchFunction]:
         iterations["train"] = run.train.train_iters
     for name, count in iterations.items():
         _log_split(run, name, splits[name], count)
-    micro_batch_size = run.train.micro_batch_size
-
+    batches = SplitBatches(splits, run.train, grid)
     sizes = partial(batch_size_at, run.train)
-
-    def batches(split: str, consumed: int) -> list[Batch]:
-        size = sizes(consumed) if split == "train" else run.train.global_batch_size
-        return dataset.micro_batches(splits[split], consumed, size, micro_batch_size, grid.dp_rank, grid.dp)
-
     is_streamed = any(split.estimated for split in splits.values())
     return run, Prefetch(batches, sizes) if is_streamed else batches
+
+
+@dataclass(frozen=True)
+class SplitBatches:
+    """Micro-batches of this rank in every split: a `BatchFunction`."""
+
+    splits: dict[str, dataset.BlendedSamples]
+    train: TrainConfig
+    grid: ProcessGrid
+
+    def __call__(self, split: str, consumed: int) -> list[Batch]:
+        train, grid = self.train, self.grid
+        size = batch_size_at(train, consumed) if split == "train" else train.global_batch_size
+        return dataset.micro_batches(
+            self.splits[split], consumed, size, train.micro_batch_size, grid.dp_rank, grid.dp
+        )
 
 
 def _with_iterations(run: Run, samples: dataset.BlendedSamples) -> Run:

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,11 @@ class LogInterval:
         """Makes the log line of the iteration from `before` to `state`, and starts a new interval."""
         results, seconds = self.results, time.perf_counter() - self.began
         counted = [r for r in results if math.isfinite(r.loss)]
-        tokens = sum(r.tokens for r in counted)
+        items = sum(r.items for r in counted)
+
+        def mean(values: Callable[[StepResult], float]) -> float:
+            return sum(values(r) * r.items for r in counted) / items if items else math.nan
+
         per_iteration = seconds / max(1, len(results))
         per_device = self.samples * run.data.seq_length / seconds / grid.world
         tflops = per_device * estimates.flops_per_token(run.model, run.data.seq_length, run.lora) / 1e12
@@ -76,7 +80,10 @@ class LogInterval:
             mfu=tflops / peak if peak else None,
             lr=lr,
             global_batch_size=batch_size_at(run.train, before.samples),
-            loss=sum(r.loss * r.tokens for r in counted) / tokens if tokens else math.nan,
+            loss=mean(lambda r: r.loss),
+            **{
+                name: mean(lambda r, n=name: r.metrics[n]) for name in (counted[0].metrics if counted else ())
+            },
             aux_loss=_mean([r.aux_loss for r in counted]),
             z_loss=_mean([r.z_loss for r in counted]),
             interval=interval,

@@ -48,11 +48,21 @@ def start_adapters(run: Run, base: CheckpointReader, readers: Readers) -> tuple[
     )
     if not lora.lora_load:
         return chain(base.tensors(), initial_tensors(run.model, lora, run.train.seed)), lora
+    refuse_adapters_as_reference(run, f"--lora-load {lora.lora_load}")
     adapter = peft.open_adapter(lora.lora_load, readers)
     check_base(adapter, f"--load {run.train.load}", lora.lora_base_fingerprint)
     unchecked = "" if adapter.fingerprint else ", which do not say whether they belong to these weights"
     logger.info(f"adapters from {lora.lora_load}{unchecked}")
     return chain(base.tensors(), list(training_tensors(adapter, run.model, lora))), lora
+
+
+def refuse_adapters_as_reference(run: Run, source: str) -> None:
+    """Raises `UserError` if adapters that are trained already would be a part of the reference weights."""
+    if run.preference.needs_reference:
+        raise UserError(
+            f"{source}: for --loss {run.preference.loss} the reference would be the weights without these "
+            "adapters; merge them (tools/lora/merge_lora.py), --load the result and train new ones"
+        )
 
 
 def check_compatible(run: Run, checkpoint: Checkpoint) -> None:

@@ -41,7 +41,13 @@ class TrainLine:
     lr: float | None = None
     global_batch_size: int | None = None
     loss: float | None = None
-    """Mean over the supervised tokens of the interval; NaN if all iterations were skipped."""
+    """Mean over the supervised tokens (or the pairs) of the interval; NaN if all iterations were skipped."""
+    chosen_reward: float | None = None
+    """Means over the preference pairs of the interval, here and in the next three fields."""
+    rejected_reward: float | None = None
+    reward_margin: float | None = None
+    reward_accuracy: float | None = None
+    """Share of the pairs whose chosen answer has the larger reward."""
     aux_loss: float | None = None
     """Load-balancing loss of the experts, mean over the interval, without its coefficient; z_loss too."""
     z_loss: float | None = None
@@ -105,6 +111,10 @@ FIELDS = (
     _Field("lm loss", "loss", "{:.8E}".format),  # 9 digits: every fp32 number comes back exactly
     _Field("load_balancing_loss", "aux_loss", "{:.8E}".format),
     _Field("z_loss", "z_loss", "{:.8E}".format),
+    _Field("rewards/chosen", "chosen_reward", "{:.8E}".format),
+    _Field("rewards/rejected", "rejected_reward", "{:.8E}".format),
+    _Field("rewards/margins", "reward_margin", "{:.8E}".format),
+    _Field("rewards/accuracies", "reward_accuracy", "{:.6f}".format),
     _Field("iterations in interval", "interval", "{:3d}".format, int),
     _Field("loss scale", "loss_scale", "{:.1f}".format),
     _Field("grad norm", "grad_norm", "{:.8E}".format),

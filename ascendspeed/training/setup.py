@@ -14,6 +14,7 @@ from ascendspeed.checkpoint.fragment import TrainState
 from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.config.schema import LoraConfig, Run
+from ascendspeed.conversion import weights_identity
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.conversion.formats.training_checkpoint import reading as training_checkpoint
@@ -25,7 +26,13 @@ from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-UNREPORTED = {"data_cache_path", "initial_loss_scale", "is_instruction_dataset", "strict"}
+UNREPORTED = {
+    "data_cache_path",
+    "initial_loss_scale",
+    "is_instruction_dataset",
+    "reference_fingerprint",
+    "strict",
+}
 """Settings of data and optimizer that do not change the loss curve of a resumed run."""
 REPORTED_TRAIN = (
     "seed",
@@ -54,10 +61,15 @@ class Start:
     """The checkpoint that the run continues."""
     lora: LoraConfig | None = None
     """For a LoRA run: its settings, with the path and the fingerprint of the base weights."""
+    reference_fingerprint: str | None = None
+    """For a loss that compares with the weights at the start of the run: their fingerprint."""
 
     def saved_run(self, run: Run) -> Run:
         """The run as its checkpoints record it."""
-        return dataclasses.replace(run, lora=self.lora) if self.lora else run
+        if self.lora:
+            run = dataclasses.replace(run, lora=self.lora)
+        preference = dataclasses.replace(run.preference, reference_fingerprint=self.reference_fingerprint)
+        return dataclasses.replace(run, preference=preference)
 
     @property
     def state(self) -> TrainState:
@@ -86,6 +98,12 @@ def find_start(run: Run, grid: ProcessGrid, device: Device) -> Start:
 
 def _from_random(run: Run, device: Device) -> Start:
     load = run.train.load
+    if run.preference.needs_reference:
+        raise UserError(
+            f"--loss {run.preference.loss} compares with the weights at the start, which a trained model "
+            "has; "
+            "name it by --load"
+        )
     if run.lora.lora_rank:
         raise UserError(f"--lora-rank {run.lora.lora_rank}: adapters need base weights; name them by --load")
     reason = f"--load {load} is empty: a fresh start from" if load else "no --load:"
@@ -95,30 +113,53 @@ def _from_random(run: Run, device: Device) -> Start:
 
 def _from_weights(run: Run, reader: CheckpointReader, readers: Readers) -> Start:
     if not run.lora.lora_rank:
-        return Start(reader.tensors())
+        fingerprint = weights_identity.sampled(reader) if run.preference.needs_reference else None
+        return Start(reader.tensors(), reference_fingerprint=fingerprint)
     tensors, lora = lora_setup.start_adapters(run, reader, readers)
     return Start(tensors, lora=lora)
 
 
 def _from_checkpoint(run: Run, checkpoint: Checkpoint, grid: ProcessGrid, readers: Readers) -> Start:
     _check_model(run, checkpoint)
+    _check_stage(run, checkpoint)
     lora_setup.check_compatible(run, checkpoint)
     _check_optimizer(run, checkpoint)
     continues_adapters = bool(run.lora.lora_rank and checkpoint.run.lora.lora_rank)
     if continues_adapters:
         base, lora = lora_setup.open_base(run, checkpoint, readers)
         if run.train.finetune:
+            lora_setup.refuse_adapters_as_reference(run, f"--load {checkpoint.path}")
             logger.info(f"adapters from {checkpoint.path}; optimizer and position start anew (--finetune)")
             return Start(chain(base, checkpoint.tensors()), lora=lora)
         _log_resume(run, checkpoint, grid)
         return Start(lora_setup.with_placeholders(run, base), checkpoint, lora)
     if run.train.finetune:
         logger.info(f"weights from {checkpoint.path}; optimizer and position start anew (--finetune)")
-        if not (run.lora.lora_rank or checkpoint.run.lora.lora_rank):
+        needs_reader = run.lora.lora_rank or checkpoint.run.lora.lora_rank or run.preference.needs_reference
+        if not needs_reader:
             return Start(checkpoint.tensors())
         return _from_weights(run, training_checkpoint.reader_of(checkpoint, open_reader, readers), readers)
     _log_resume(run, checkpoint, grid)
-    return Start(None, checkpoint)
+    return Start(None, checkpoint, reference_fingerprint=checkpoint.run.preference.reference_fingerprint)
+
+
+def _check_stage(run: Run, checkpoint: Checkpoint) -> None:
+    """Raises `UserError` if a run would continue a run of another stage or with another reference."""
+    saved, settings = checkpoint.run.preference, run.preference
+    if run.train.finetune:
+        return
+    if saved.trains_on_pairs != settings.trains_on_pairs:
+        was = f"--stage {saved.stage}" if saved.trains_on_pairs else "next-token prediction"
+        raise UserError(
+            f"{checkpoint.path} is of a run of {was}: continue it with the same stage, or start a new run "
+            "from "
+            "its weights with --finetune"
+        )
+    if settings.needs_reference and not saved.needs_reference:
+        raise UserError(
+            f"{checkpoint.path} is of a run with --loss {saved.loss}, which has no reference for --loss "
+            f"{settings.loss}; start a new run from its weights with --finetune"
+        )
 
 
 def _check_model(run: Run, checkpoint: Checkpoint) -> None:
@@ -145,7 +186,7 @@ def _log_resume(run: Run, checkpoint: Checkpoint, grid: ProcessGrid) -> None:
     saved = checkpoint.run
     groups = [
         (group, field.name)
-        for group in ("data", "optim")
+        for group in ("data", "optim", "preference")
         for field in dataclasses.fields(getattr(run, group))
     ]
     for group, name in [*groups, *(("train", name) for name in REPORTED_TRAIN), ("lora", "lora_dropout")]:

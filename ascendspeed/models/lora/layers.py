@@ -10,7 +10,7 @@ communicates z:
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -79,7 +79,20 @@ def _add(
 ) -> tuple[Tensor, Tensor | None]:
     """Forward hook of a linear: adds the adapters' output."""
     out, bias = output
-    return out + linear.lora(inputs[0]), bias
+    return (out + linear.lora(inputs[0]) if linear.lora.enabled else out), bias
+
+
+@contextmanager
+def without_adapters(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Context in which the adapters of a model add nothing."""
+    adapters = [part for module in modules for part in module.modules() if isinstance(part, LinearAdapter)]
+    for adapter in adapters:
+        adapter.enabled = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.enabled = True
 
 
 def _begin(embedding: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -96,6 +109,7 @@ class LinearAdapter(torch.nn.Module):
         self, model: ModelConfig, lora: LoraConfig, targets: Sequence[LoraTarget], config: Any
     ) -> None:
         super().__init__()
+        self.enabled = True
         self.targets = targets
         self.scale = lora.lora_alpha / lora.lora_rank
         self.dropout = lora.lora_dropout

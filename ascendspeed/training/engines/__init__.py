@@ -6,8 +6,8 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,9 +32,9 @@ class StepResult:
     """Result of one optimizer step."""
 
     loss: float
-    """Mean over the supervised tokens of the global batch; may be NaN or infinite."""
-    tokens: int
-    """Supervised tokens of the global batch."""
+    """Mean over the items of the global batch; may be NaN or infinite."""
+    items: int
+    """Items of the objective in the global batch: supervised tokens, or pairs."""
     grad_norm: float | None
     """Global gradient norm before clipping."""
     skipped: bool
@@ -46,11 +46,13 @@ class StepResult:
     """z-loss of the routers, without its coefficient."""
     bad: tuple[int, ...] = ()
     """Indices of this rank's micro-batches with a non-finite loss."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Further means over the items, by the field of `TrainLine`."""
 
 
-EMPTY_STEP = StepResult(loss=math.nan, tokens=0, grad_norm=None, skipped=True, loss_scale=1.0)
-"""Result for a global batch without supervised tokens: an update would still move weights, by momentum and
-weight decay.
+EMPTY_STEP = StepResult(loss=math.nan, items=0, grad_norm=None, skipped=True, loss_scale=1.0)
+"""Result for a global batch without items, such as supervised tokens: an update would still move weights, by
+momentum and weight decay.
 """
 
 
@@ -67,7 +69,10 @@ class Engine(Protocol):
         """Number of updates: Adam's step, iterations minus skipped ones."""
 
     def loss(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Sum of the token losses over all ranks' batches and the number of supervised tokens; no update."""
+        """Sum of the losses over all ranks' batches and the number of items; no update."""
+
+    def score(self, batches: Sequence[Batch], adapters: bool = True) -> list[Tensor]:
+        """See `objectives.Scorer.score`."""
 
     def fragments(self) -> Iterator[Fragment]:
         """Live views of the optimizer state that this rank owns, for saving and for restoring."""

@@ -1,6 +1,6 @@
 """Base of both engines: AdamW settings and states, sums over ranks, restoring, random-number states."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +11,13 @@ from torch import Tensor
 from ascendspeed.checkpoint.fragment import EMA, KINDS, Fragment
 from ascendspeed.checkpoint.load import Checkpoint, load_fragments
 from ascendspeed.config.schema import OptimConfig, Run
-from ascendspeed.data.dataset import Batch
+from ascendspeed.data.batch import Batch
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid, rng_states, set_rng_states
 from ascendspeed.models.gpt import gpt_model
 from ascendspeed.models.gpt.context_parallel import SequenceShard
 from ascendspeed.models.gpt.router_losses import RouterLosses, valid_tokens_of
+from ascendspeed.training import objectives
 
 MOMENTS = KINDS[1:]
 """Adam's states, by the names that torch and the checkpoint give them."""
@@ -49,6 +50,7 @@ class BaseEngine:
         self.sequence_shard = SequenceShard(grid.cp_rank, grid.cp)
         self._zeros: Tensor | None = None
         self._averages: list[tuple[Fragment, Tensor]] = []
+        self.objective = objectives.create(run)
         self.shard_specs = gpt_model.shard_specs(run.model, run.parallel, run.lora)
 
     def fragments(self) -> Iterator[Fragment]:
@@ -131,6 +133,14 @@ class BaseEngine:
     def rng(self) -> dict[str, Tensor]:
         """See `Engine.rng`."""
         return rng_states()
+
+    def _count(self, batches: Iterable[Batch]) -> float:
+        """Items of the objective in the global batch; collective."""
+        return self._all_reduce_sum(sum(map(self.objective.count, batches)), self.grid.dp_group)
+
+    def sum_over_batch(self, values: Sequence[float]) -> list[float]:
+        """See `objectives.Scorer.sum_over_batch`."""
+        return self._all_reduce_sum(list(values), self.grid.dp_group)
 
     def _all_reduce_sum(self, values: Any, group: Any = None) -> Any:
         """Sums a number or a list of numbers over a process group (None: all ranks), in fp64."""

@@ -5,8 +5,8 @@ Rules of the integration, each found by a wrong loss:
 - DeepSpeed does not sum the gradients of sequence-parallel parameters over the tensor-parallel ranks: a hook
   does;
 - DeepSpeed divides by the accumulation steps and the replicas, and takes context-parallel ranks for
-  replicas; so the loss of a micro-batch is multiplied by both and divided by the supervised tokens of the
-  global batch: the result is the mean over these tokens, whatever the layout.
+  replicas; so the loss of a micro-batch is multiplied by both and divided by the items (supervised tokens) of
+  the global batch: the result is the mean over these, whatever the layout.
 """
 
 import contextlib
@@ -14,9 +14,10 @@ import importlib
 import io
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from ascendspeed.models.gpt import gpt_model
 from ascendspeed.models.gpt.layer_spec import transformer_config
 from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
 from ascendspeed.models.gpt.router_losses import RouterLosses
+from ascendspeed.models.lora.layers import without_adapters
 from ascendspeed.training.engines import EMPTY_STEP, StepResult, Tensors, deepspeed_check
 from ascendspeed.training.engines.common import (
     BaseEngine,
@@ -43,6 +45,8 @@ from ascendspeed.training.engines.common import (
     routed_tokens,
 )
 from ascendspeed.training.engines.muon import AdamW, MatrixShard, Muon, matrices_of
+from ascendspeed.training.objectives import LossSums
+from ascendspeed.training.objectives.answers import answer_logprobs
 
 
 def _set_scale(losses: RouterLosses, per_row: float, gradient: Tensor) -> None:
@@ -176,25 +180,26 @@ class DeepSpeedEngine(BaseEngine):
 
     def step(self, batches: list[Batch], lr: float) -> StepResult:
         """See `Engine.step`."""
+        count = self._count(batches)
+        if not count:
+            return EMPTY_STEP
+        batches = self.objective.prepare(batches, self)
         self.engine.train()
         for group in self.zero.param_groups:
             group["lr"] = lr
-        tokens = self._token_count(batches)
-        if not tokens:
-            return EMPTY_STEP
         self._set_micro_batches(len(batches))
-        scale = self.grid.dp_cp * len(batches) / tokens
-        sums: list[Tensor] = []  # read after the loop: `float` would wait for the device
+        scale = self.grid.dp_cp * len(batches) / count
+        reports: list[Tensor] = []  # read after the loop: `float` would wait for the device
         loss_scale = self._loss_scale()
         losses = self.module.config.router_losses
-        per_row = tokens / self._rows(batches)
+        per_row = count / self._rows(batches)
         for i, batch in enumerate(batches):
-            loss_sum = self._loss_sum(batch)
-            sums.append(loss_sum.detach())
+            total, report = self._loss_sums(batch)
+            reports.append(report)
             if losses:  # the gradient of the loss sum holds all factors of DeepSpeed; it arrives first
-                loss_sum.register_hook(partial(_set_scale, losses, per_row))
+                total.register_hook(partial(_set_scale, losses, per_row))
             # A loss that is not finite makes all gradients NaN, so that every rank skips the update.
-            self.engine.backward(loss_sum * torch.where(sums[-1].isfinite(), scale, math.nan).float())
+            self.engine.backward(total * torch.where(report[0].isfinite(), scale, math.nan).float())
             if self.stage == 0 and i == len(batches) - 1:
                 norm = self._grad_norm()
                 self.zero.overflow = not math.isfinite(norm)
@@ -206,17 +211,18 @@ class DeepSpeedEngine(BaseEngine):
             norm = self.engine.get_global_grad_norm()
         if not self.zero.overflow:
             self._average_weights()
-        token_losses = torch.stack(sums).cpu().double()
-        loss = self._sum(token_losses.sum()) / tokens
+        sums = torch.stack(reports).cpu().double()
+        loss, *metrics = (total / count for total in self._sum(sums.sum(0)))
         return StepResult(
             loss=loss,
-            tokens=int(tokens),
+            items=int(count),
             grad_norm=None if norm is None else float(norm),
             skipped=bool(self.zero.overflow),
             loss_scale=loss_scale,
             bad=()
             if math.isfinite(loss)
-            else tuple(i for i, value in enumerate(token_losses) if not value.isfinite()),
+            else tuple(i for i, value in enumerate(sums[:, 0]) if not value.isfinite()),
+            metrics=dict(zip(self.objective.metrics, metrics, strict=True)),
             **self._take_router_losses(losses, self._rows(batches)),
         )
 
@@ -229,34 +235,44 @@ class DeepSpeedEngine(BaseEngine):
     @torch.no_grad()
     def loss(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """See `Engine.loss`."""
-        self.engine.eval()
+        per_pass = self.run.train.global_batch_size // (self.run.train.micro_batch_size * self.grid.dp)
+        remaining = iter(batches)
         sums: list[Tensor] = []
-        tokens = 0.0
-        for batch in batches:
-            sums.append(self._loss_sum(batch))
-            tokens += float(batch.loss_mask.sum())
+        count = 0.0
+        while group := list(islice(remaining, per_pass)):
+            group = self.objective.prepare(group, self)
+            self.engine.eval()
+            sums += [self._loss_sums(batch).report[0] for batch in group]
+            count += sum(map(self.objective.count, group))
         total = sum(torch.stack(sums).tolist()) if sums else 0.0
-        return self._sum(total), int(self._all_reduce_sum(tokens, self.grid.dp_group))
+        return self._sum(total), int(self._all_reduce_sum(count, self.grid.dp_group))
 
-    def _token_count(self, batches: list[Batch]) -> float:
-        """Supervised tokens of the global batch; context-parallel ranks have the same batches."""
-        count = sum(float(batch.loss_mask.sum()) for batch in batches)
-        return self._all_reduce_sum(count, self.grid.dp_group)
+    @torch.no_grad()
+    def score(self, batches: Sequence[Batch], adapters: bool = True) -> list[Tensor]:
+        """See `objectives.Scorer.score`."""
+        self.engine.eval()
+        scores = []
+        with nullcontext() if adapters else without_adapters([self.module]):
+            for batch in batches:
+                losses, own = self._token_losses(batch)
+                scores.append(answer_logprobs(losses, own, self.grid)[0])
+        return scores
 
-    def _loss_sum(self, batch: Batch) -> Tensor:
-        """Sum of the token losses of this rank's positions of a micro-batch [b, s]."""
-        tokens, labels, mask, positions = (
-            self.device.copy(self.sequence_shard.take(x, 1))
-            for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
-        )
+    def _loss_sums(self, batch: Batch) -> LossSums:
+        """Sums over a micro-batch on this rank."""
+        losses, own = self._token_losses(batch)
+        return self.objective.sums(losses, own, self.grid)
+
+    def _token_losses(self, batch: Batch) -> tuple[Tensor, Batch]:
+        """Losses of this rank's positions of a micro-batch [b, s], and these positions, on the device."""
+        own = batch.map(lambda x: self.device.copy(self.sequence_shard.take(x, 1)))
         extra: dict[str, Any] = {"packed_seq_params": packed_sequences_of(batch.position_ids)}
         if (valid := routed_tokens(batch, self.module.config.router_losses)) is not None:
             extra["padding_mask"] = self.device.copy(self.sequence_shard.take(valid, 1))
-        losses = self.engine(tokens, positions, None, labels=labels, **extra)
-        return (losses.float() * mask).sum()
+        return self.engine(own.tokens, own.position_ids, None, labels=own.labels, **extra), own
 
-    def _sum(self, value: float | Tensor) -> float:
-        """Sum over the replicas, data and context parallel."""
+    def _sum(self, value: Any) -> Any:
+        """Sum of a number or of several over the replicas, data and context parallel."""
         return self._all_reduce_sum(value, self.grid.dp_cp_group)
 
     def _grad_norm(self) -> float:

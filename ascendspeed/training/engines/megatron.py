@@ -1,9 +1,9 @@
 """Megatron-core engine: its data parallelism, distributed optimizer and pipeline schedules, for every layout.
 
 Rules of the integration, each found by a wrong loss:
-- the loss of a micro-batch is its sum divided by the supervised tokens of the *global* batch, and gradients
-  are not scaled afterwards: the result is the mean over these tokens, whatever the layout (and fp16's loss
-  scale has its usual meaning);
+- the loss of a micro-batch is its sum divided by the items (supervised tokens) of the *global* batch, and
+  gradients are not scaled afterwards: the result is the mean over these, whatever the layout (and fp16's
+  loss scale has its usual meaning);
 - Megatron-core applies `wd_mult` in its scheduler, which is not used here: weight decay is set for each group
   of AdamW;
 - AdamW's states are created at once, each with its own `step`: a shared one would advance once per parameter;
@@ -12,7 +12,8 @@ Rules of the integration, each found by a wrong loss:
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -39,6 +40,7 @@ from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models.gpt import gpt_model
 from ascendspeed.models.gpt.layer_spec import transformer_config
 from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
+from ascendspeed.models.lora.layers import without_adapters
 from ascendspeed.training.engines import EMPTY_STEP, StepResult, Tensors
 from ascendspeed.training.engines.common import (
     BaseEngine,
@@ -47,6 +49,11 @@ from ascendspeed.training.engines.common import (
     routed_tokens,
 )
 from ascendspeed.training.engines.muon import MatrixShard, Muon, matrices_of
+from ascendspeed.training.objectives import LossSums
+from ascendspeed.training.objectives.answers import answer_logprobs
+
+LossFunction = Callable[[Tensor, Batch], LossSums]
+"""(losses [b, s], this rank's part of a micro-batch) -> its sums."""
 
 
 class MegatronEngine(BaseEngine):
@@ -163,30 +170,35 @@ class MegatronEngine(BaseEngine):
 
     def step(self, batches: list[Batch], lr: float) -> StepResult:
         """See `Engine.step`."""
+        count = self._count(batches)
+        if not count:
+            return EMPTY_STEP
+        batches = self.objective.prepare(batches, self)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        tokens = self._all_reduce_sum(
-            sum(float(batch.loss_mask.sum()) for batch in batches), self.grid.dp_group
-        )
-        if not tokens:
-            return EMPTY_STEP
         loss_scale = float(self.optimizer.get_loss_scale())
         if losses := self.config.router_losses:
             losses.scale = loss_scale / self._rows(batches)
-        sums = self._run_schedule(batches, 1 / tokens)
+        reports = self._run_schedule(batches, self._loss_sums, scale=1 / count)
+        sums = reports[:, 0].tolist()
         overflow = self.optimizer.prepare_grads()
         norm = None if overflow else self._grad_norm()
         finite = norm is not None and math.isfinite(norm)
         bad = tuple(i for i, value in enumerate(sums) if not math.isfinite(value))
-        total, failures = self._all_reduce_sum([sum(sums), float(not finite or bool(bad))])
+        failed = float(not finite or bool(bad))
+        failures, *totals = self._all_reduce_sum([failed, *reports.sum(0).tolist()])
         if not failures:
             self._update(norm)
         routers = self._take_router_losses(losses, self._rows(batches))
-        return StepResult(total / tokens, int(tokens), norm, bool(failures), loss_scale, bad=bad, **routers)
+        loss, *metrics = (total / count for total in totals)
+        named = dict(zip(self.objective.metrics, metrics, strict=True))
+        return StepResult(
+            loss, int(count), norm, bool(failures), loss_scale, bad=bad, metrics=named, **routers
+        )
 
     def _grad_norm(self) -> float:
         """Global norm of the gradients as Megatron-core defines it.
@@ -233,54 +245,78 @@ class MegatronEngine(BaseEngine):
             chunk.eval()
         per_pass = self.run.train.global_batch_size // (self.run.train.micro_batch_size * self.grid.dp)
         remaining = iter(batches)
-        total = tokens = 0.0
+        total = count = 0.0
         while group := list(islice(remaining, per_pass)):
-            total += sum(self._run_schedule(group, 1.0, forward_only=True))
-            tokens += sum(float(batch.loss_mask.sum()) for batch in group)
-        return self._all_reduce_sum(total), int(self._all_reduce_sum(tokens, self.grid.dp_group))
+            group = self.objective.prepare(group, self)
+            total += float(self._run_schedule(group, self._loss_sums)[:, 0].sum())
+            count += sum(map(self.objective.count, group))
+        return self._all_reduce_sum(total), int(self._all_reduce_sum(count, self.grid.dp_group))
 
-    def _run_schedule(self, batches: list[Batch], scale: float, forward_only: bool = False) -> list[float]:
-        """Runs forward (and backward) over the micro-batches by the pipeline schedule; returns the loss sum
-        of each.
+    @torch.no_grad()
+    def score(self, batches: Sequence[Batch], adapters: bool = True) -> list[Tensor]:
+        """See `objectives.Scorer.score`."""
+        for chunk in self.chunks:
+            chunk.eval()
+        with nullcontext() if adapters else without_adapters(self.modules):
+            return self._forward_all(batches, self._answer_logprobs)
 
-        Only the last pipeline stage reports losses, and of each tensor-parallel group only rank 0; other
-        ranks return [].
+    def _run_schedule(
+        self, batches: Sequence[Batch], function: LossFunction, scale: float | None = None
+    ) -> Tensor:
+        """Runs forward (and backward, if there is a `scale` for the loss) over the micro-batches; returns the
+        report of each, [micro-batches, 1 + metrics] fp64 on the CPU.
+
+        Only the last pipeline stage reports, and of each tensor-parallel group only rank 0; other ranks
+        return no rows.
         """
+        reports = self._forward_all(batches, function, scale)
+        if not reports or self.grid.tp_rank:
+            return torch.zeros(0, 1 + len(self.objective.metrics), dtype=torch.float64)
+        return torch.stack(reports).cpu().double()
+
+    def _forward_all(
+        self, batches: Sequence[Batch], function: LossFunction, scale: float | None = None
+    ) -> list[Tensor]:
+        """Reports of the micro-batches, in the pipeline schedule; only on the last pipeline stage."""
         forward_backward = get_forward_backward_func()
         micro_batch, length = batches[0].tokens.shape
-        sums = forward_backward(
-            forward_step_func=partial(self._forward, scale),
+        return forward_backward(
+            forward_step_func=partial(self._forward, function, scale or 1.0),
             data_iterator=[iter(batches) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(batches),
             seq_length=length,
             micro_batch_size=micro_batch,
-            forward_only=forward_only,
+            forward_only=scale is None,
         )
-        return torch.stack(sums).tolist() if sums and self.grid.tp_rank == 0 else []
+
+    def _loss_sums(self, losses: Tensor, batch: Batch) -> LossSums:
+        return self.objective.sums(losses, batch, self.grid)
+
+    def _answer_logprobs(self, losses: Tensor, batch: Batch) -> LossSums:
+        """Log-probabilities of answers in the place of a report."""
+        logprobs, _ = answer_logprobs(losses, batch, self.grid)
+        return LossSums(logprobs.sum(), logprobs.detach())
 
     def _forward(
-        self, scale: float, batches: Iterator[Batch], chunk: DistributedDataParallel
+        self, function: LossFunction, scale: float, batches: Iterator[Batch], chunk: DistributedDataParallel
     ) -> tuple[Tensor, Any]:
         """Runs one micro-batch through a model chunk; returns its output and the function that makes the loss
         of it.
         """
         batch = next(batches)
-        tokens, labels, mask, positions = (
-            self.device.copy(self.sequence_shard.take(x, 1))
-            for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
-        )
+        own = batch.map(lambda x: self.device.copy(self.sequence_shard.take(x, 1)))
 
         def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            """(loss to differentiate, tokens for Megatron-core to divide by: 0, loss sum to report)."""
-            total = (losses.float() * mask).sum()
+            """(loss to differentiate, tokens for Megatron-core to divide by: 0, report)."""
+            total, report = function(losses, own)
             no_tokens = torch.zeros((), dtype=torch.int, device=total.device)
-            return total * scale, no_tokens, total.detach()
+            return total * scale, no_tokens, report
 
         extra: dict[str, Any] = {"packed_seq_params": packed_sequences_of(batch.position_ids)}
         if (valid := routed_tokens(batch, self.config.router_losses)) is not None:
             extra["padding_mask"] = self.device.copy(self.sequence_shard.take(valid, 1))
-        return chunk(tokens, positions, None, labels=labels, **extra), loss
+        return chunk(own.tokens, own.position_ids, None, labels=own.labels, **extra), loss
 
     # ---------------------------------------------------------------- checkpoint
 

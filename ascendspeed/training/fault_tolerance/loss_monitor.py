@@ -68,7 +68,7 @@ class LossMonitor:
         bad_samples = self._bad_samples_by_rank(before, result)
         scale = f"loss scale {result.loss_scale:g}"
         samples = f"samples {before.samples}-{before.samples + self._batch_size(before) - 1}"
-        if not result.tokens:
+        if not result.items:
             return f"{samples} have no supervised token"
         if not bad_samples:
             return (

@@ -60,7 +60,8 @@ def need_data(words: Sequence[str]) -> None:
     for word in words:
         if word.replace(".", "").isdigit():
             continue  # a weight
-        names = (word, f"{word}.idx", f"{word}_packed_input_ids_document.idx")
+        kinds = ("packed", "preference")
+        names = (word, f"{word}.idx", *(f"{word}_{kind}_input_ids_document.idx" for kind in kinds))
         if not any(Path(name).exists() for name in names):
             fail(f"there is no data {word}")
 
@@ -115,8 +116,10 @@ def train(flags: Flags) -> None:
 def preprocess(flags: Flags) -> None:
     need_files(flags, "input")
     need_tokenizer(flags)
-    is_chat = "Style" in flags.get("handler-name", [""])[0] or "chat-template" in flags
-    keys = ("packed_input_ids", "packed_labels") if is_chat else flags.get("json-keys", ["text"])
+    handler = flags.get("handler-name", [""])[0]
+    is_chat = "Style" in handler or "chat-template" in flags
+    kind = "preference" if "Pairwise" in handler else "packed"
+    keys = (f"{kind}_input_ids", f"{kind}_labels") if is_chat else flags.get("json-keys", ["text"])
     for key in keys:
         for ending in ("bin", "idx"):
             write(f"{flags['output-prefix'][0]}_{key}_document.{ending}")

@@ -12,6 +12,7 @@ RECIPES = {
     name: recipes.INTERN / f"finetune_{name}.sh"
     for name in ("internlm2_7b_alpaca", "internlm_7b_alpaca", "internlm2_lora")
 }
+RECIPES["dpo"] = recipes.INTERN / "dpo_internlm2_7b.sh"
 
 
 @pytest.fixture
@@ -47,6 +48,21 @@ def test_the_values_of_mindformers_yaml(resolved):
     assert (run.parallel.zero_stage, run.parallel.model_size) == (2, 1)
     assert (train.save_interval, train.keep, train.finetune) == (500, 1, True)
     assert (train.load, run.lora) == ("./model_from_hf/internlm2-7b", LoraConfig())
+
+
+def test_preference_pairs(resolved):
+    run = resolved("dpo")
+    assert run.model == PRESETS["internlm2-7b"]
+    assert (run.preference.stage, run.preference.loss, run.preference.beta) == ("dpo", "dpo", 0.1)
+    assert (run.data.data_path, run.data.packing) == (("./dataset/preference",), "none")
+    assert (run.optim.lr, run.train.train_epochs, run.train.finetune, run.lora) == (
+        5e-7,
+        1,
+        True,
+        LoraConfig(),
+    )
+    simpo = resolved("dpo", "--simpo-gamma", "1.4", LOSS="simpo", BETA="2.5")
+    assert (simpo.preference.loss, simpo.preference.beta, simpo.preference.simpo_gamma) == ("simpo", 2.5, 1.4)
 
 
 def test_internlm_and_adapters_in_packed_rows(resolved):

@@ -21,6 +21,7 @@ def main() -> None:
 
     from ascendspeed.distributed import process_groups
     from ascendspeed.models.families import read_config
+    from ascendspeed.models.lora import targets
     from helpers.engine_worker import leave_groups
 
     base = schema.from_dict(job["run"])
@@ -31,6 +32,9 @@ def main() -> None:
         run = base
         for group, values in case.get("changes", {}).items():
             run = replace(run, **{group: replace(getattr(run, group), **values)})
+        modules = tuple(run.lora.lora_target_modules)
+        lora = targets.resolve_config(run.model, replace(run.lora, lora_target_modules=modules))
+        run = replace(run, lora=lora)
         if layout not in (None, run.parallel.layout_key):
             leave_groups()
         layout = run.parallel.layout_key

@@ -32,7 +32,7 @@ def worst(curve, expected):
     for (loss, _, *rewards, accuracy), (other_loss, _, *other_rewards, other_accuracy) in pairs:
         for one, other in zip([loss, *rewards], [other_loss, *other_rewards], strict=True):
             values = max(values, abs(one - other))
-        if max(map(abs, rewards)) > 1e-6:
+        if max(map(abs, rewards)) > 1e-5:
             values = max(values, abs(accuracy - other_accuracy))
     return values, max(abs(one[1] - other[1]) / other[1] for one, other in pairs)
 
@@ -212,6 +212,8 @@ REFUSED = {
     "--stage dpo --simpo-gamma 1": "means nothing to --loss dpo, only to simpo",
     "--stage dpo --loss orpo --dpo-label-smoothing 0.1": "only to dpo and simpo",
     "--stage dpo --beta 0": "must be above 0",
+    "--stage dpo --label-smoothing 0.1": "of pairs: --dpo-label-smoothing",
+    "--stage dpo --z-loss-coeff 0.1": "trains on pairs",
     "--stage dpo --dpo-label-smoothing 0.5": "below 0.5",
 }
 

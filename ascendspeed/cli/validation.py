@@ -92,6 +92,7 @@ def check_run(run: Run, world: int | None) -> None:
         lr_schedule.check_schedule(lr_schedule.Schedule.of(run))
     batch_schedule.check_rampup(run.train)
     batch_schedule.skipped_iterations(run.train)
+    _check_token_terms(run)
     _check_model(run)
     _check_engine(run.parallel)
     check_muon(run)
@@ -227,6 +228,18 @@ def check_preference(preference: PreferenceConfig, typed: Collection[str]) -> No
             raise UserError(
                 f"{flag} means nothing to --loss {preference.loss}, only to {' and '.join(losses)}; leave "
                 "it out"
+            )
+
+
+def _check_token_terms(run: Run) -> None:
+    """Raises UserError for terms of the loss of tokens in a run whose loss is over pairs."""
+    for name in ("label_smoothing", "z_loss_coeff"):
+        value = getattr(run.train, name)
+        if value and run.preference.trains_on_pairs:
+            instead = " (of pairs: --dpo-label-smoothing)" if name == "label_smoothing" else ""
+            raise UserError(
+                f"{flag_of(name)} {value:g} changes the loss of tokens, and --stage {run.preference.stage} "
+                f"trains on pairs; leave it out{instead}"
             )
 
 

@@ -25,7 +25,7 @@ class LossSums(NamedTuple):
 
 
 class Scorer(Protocol):
-    """What an objective may ask of an engine before a step."""
+    """Services of an engine that an objective may use before a step."""
 
     def score(self, batches: Sequence[Batch], adapters: bool = True) -> list[Tensor]:
         """Log-probability [2 pairs] of every answer of each micro-batch under the weights as they are, or as

@@ -22,7 +22,7 @@ from ascendspeed.training.objectives.answers import answer_logprobs
 
 @dataclass(frozen=True)
 class Answers:
-    """The same answers of all pairs, chosen or rejected: tensors [pairs]."""
+    """All chosen answers of a micro-batch, or all rejected ones: tensors [pairs]."""
 
     logprob: Tensor
     """Sum over the tokens of an answer."""

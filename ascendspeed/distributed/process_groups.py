@@ -67,6 +67,11 @@ class ProcessGrid:
         return self.dp * self.cp
 
     @property
+    def cp_group(self) -> Any:
+        """Context-parallel process group of this rank."""
+        return parallel_state.get_context_parallel_group()
+
+    @property
     def dp_cp_group(self) -> Any:
         """Process group of the ranks that hold a copy of the same weights as this rank."""
         return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -2,7 +2,6 @@
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from ascendspeed.data.batch import Batch
@@ -20,6 +19,6 @@ def answer_logprobs(losses: Tensor, batch: Batch, grid: ProcessGrid) -> tuple[Te
     sums = zeros.index_add(1, batch.conversations.flatten(), masked)
     if grid.cp > 1:
         everywhere = sums.detach().clone()
-        dist.all_reduce(everywhere, group=parallel_state.get_context_parallel_group())
+        dist.all_reduce(everywhere, group=grid.cp_group)
         sums = sums + (everywhere - sums.detach())
     return sums[0], sums[1]

@@ -212,7 +212,7 @@ class DeepSpeedEngine(BaseEngine):
         if not self.zero.overflow:
             self._average_weights()
         sums = torch.stack(reports).cpu().double()
-        loss, *metrics = (total / count for total in self._sum(sums.sum(0)))
+        loss, *metrics = (total / count for total in self._sum(sums.sum(0).tolist()))
         return StepResult(
             loss=loss,
             items=int(count),

@@ -190,7 +190,7 @@ class MegatronEngine(BaseEngine):
         finite = norm is not None and math.isfinite(norm)
         bad = tuple(i for i, value in enumerate(sums) if not math.isfinite(value))
         failed = float(not finite or bool(bad))
-        failures, *totals = self._all_reduce_sum([failed, *reports.sum(0).tolist()])
+        *totals, failures = self._all_reduce_sum([*reports.sum(0).tolist(), failed])
         if not failures:
             self._update(norm)
         routers = self._take_router_losses(losses, self._rows(batches))

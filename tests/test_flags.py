@@ -17,6 +17,7 @@ from ascendspeed.config.schema import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    PreferenceConfig,
     Run,
     TrainConfig,
     alias,
@@ -34,6 +35,7 @@ class Flags:
     data: DataConfig
     train: TrainConfig
     lora: LoraConfig = field(default_factory=LoraConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
 
 
 DEFAULT = Flags(ModelConfig(), ParallelConfig(), OptimConfig(), DataConfig(), TrainConfig())
@@ -138,8 +140,8 @@ def test_every_field_of_a_run_is_a_flag_with_help(capsys):
     with pytest.raises(SystemExit):
         parser.parse(Flags, ["--help"], default=DEFAULT)
     shown = capsys.readouterr().out.replace("_", "-")
-    unseen = {"family", "lora_base_fingerprint"}  # what a run finds out by itself
-    for group in (ModelConfig, ParallelConfig, OptimConfig, DataConfig, TrainConfig, LoraConfig):
+    unseen = {"family", "lora_base_fingerprint", "reference_fingerprint"}  # what a run finds out by itself
+    for group in (f.type for f in dataclasses.fields(Flags)):
         for f in dataclasses.fields(group):
             if f.name not in unseen:
                 assert f"--{f.name.replace('_', '-')}" in shown

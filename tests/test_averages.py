@@ -85,6 +85,8 @@ def test_average_equals_torch_and_restores(modes, tmp_path):
         end = tmp_path / "ckpt" / f"{name} end"
         assert largest_difference(in_hugging_face_names(end, "ema"), reference) < 1e-5, name
         assert largest_difference(in_hugging_face_names(end, "master"), reference) > 1e-3, name
+        if name == "zero 3":
+            continue  # keeps gathered weights of before; --rollback-on-spike refuses it
         assert curves[f"{name}: back"][1:] == curves[f"{name}: skip"], name  # to the bit
         assert curves[f"{name}: back"][1:] != curves[f"{name}: then"][1:], name
 
@@ -114,6 +116,7 @@ def test_export_beside_the_checkpoint(tmp_path):
     ("words", "message"),
     [
         ("--rollback-on-spike 2", "set --save and --save-interval"),
+        ("--rollback-on-spike 2 --save x --save-interval 5 --deepspeed --zero-stage 3", "use --zero-stage 0"),
         ("--ema-decay 1", "below 1"),
         ("--ema-decay 0.9 --lora-rank 4", "leave it out for adapters"),
         ("--label-smoothing 1", "below 1"),

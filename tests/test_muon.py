@@ -41,7 +41,8 @@ def compare(curves: dict[str, Curve], reference: Curve) -> None:
     for name, curve in curves.items():
         loss, norm = worst(curve, reference[-len(curve) :] if "then" in name else reference[: len(curve)])
         print(f"{name}: {loss:.1e} {norm:.1e}")
-        assert (loss > 1e-4) if "control" in name else (loss < 1e-5 and norm < 1e-5), (name, loss, norm)
+        is_equal = loss < 1e-5 and norm < 1e-5
+        assert norm > 1e-3 if "control" in name else is_equal, (name, loss, norm)
 
 
 def test_two_ranks_equal_torch(tmp_path):
@@ -72,7 +73,7 @@ def test_every_layout_equals_torch(tmp_path):
         "zero 0": case(zero_stage=0),
         "megatron dp": megatron(),
         "megatron pp": megatron(pipeline_model_parallel_size=2),
-        "megatron vpp": megatron(overlap_grad_reduce=True, use_distributed_optimizer=True,
+        "megatron overlapped": megatron(overlap_grad_reduce=True, use_distributed_optimizer=True,
             overlap_param_gather=True),
         "megatron cp": megatron(context_parallel_size=2, use_distributed_optimizer=True),
         "zero 1, first": case() | {"last": 2, "save": at},

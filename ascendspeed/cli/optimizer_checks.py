@@ -39,6 +39,11 @@ def check_safeguards(run: Run) -> None:
             f"--rollback-on-spike {train.rollback_on_spike} goes back to a checkpoint: set --save and "
             "--save-interval"
         )
+    if train.rollback_on_spike and run.parallel.deepspeed and run.parallel.zero_stage == 3:
+        raise UserError(
+            "--rollback-on-spike: a running ZeRO-3 engine does not restore exactly; "
+            "use --zero-stage 0, 1 or 2"
+        )
     if train.ema_decay is not None and run.parallel.zero_offload == "nvme":
         raise UserError("--ema-decay keeps an average of weights in memory; leave out --zero-offload nvme")
     if train.ema_decay is not None and run.lora.lora_rank:

@@ -49,7 +49,7 @@ FOREIGN_FLAGS = {
     },
     "launchers": {"--no-local-rank", "--signal", "--dependency", "--nnodes", "--nproc-per-node"},
     "tests/run.sh": {"--full"},
-    "intern": {"--nproc", "--completion", "--build-arg", "--config", "--dump-config", "--json"},
+    "intern": {"--nproc", "--completion", "--build-arg", "--config", "--dump-config", "--json", "--against"},
 }
 """Flags of other programs that the pages name."""
 FOREIGN_PATHS: set[str] = set()

@@ -29,6 +29,7 @@ LAYERS = [
     "planning",
     "inference",
     "loss_compare",
+    "run_report",
     "evaluation",
     "commands",
 ]

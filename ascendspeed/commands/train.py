@@ -25,16 +25,21 @@ def main(record: RunRecord | None = None) -> int:
     # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
     from ascendspeed.config.schema import to_dict
     from ascendspeed.distributed import fused_kernels, onednn, process_groups
-    from ascendspeed.training import data_setup, engines, input_record, loop, reference, setup
+    from ascendspeed.run_report.page import RunPage
+    from ascendspeed.training import data_setup, engines, input_record, loop, reference, setup, trackers
     from ascendspeed.training.fault_tolerance import RunMonitor
+    from ascendspeed.training.metrics_file import MetricsFile
     from ascendspeed.training.metrics_log import MetricsLogger
 
     check_device_precision(run.optim.fp16, device)
+    trackers.check_installed(trackers.names_of(run.train))
     grid = process_groups.initialize(
         device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes
     )
     with (
-        MetricsLogger(grid.rank, run.train.log_dir, run.train.tensorboard_dir, record.start_line()) as log,
+        MetricsLogger(
+            grid.rank, run.train.log_dir, trackers.events_dir(run.train), record.start_line()
+        ) as log,
         RunMonitor(run, grid) as watch,
     ):
         kernels = fused_kernels.select_kernels(
@@ -61,6 +66,10 @@ def main(record: RunRecord | None = None) -> int:
         logger.info(f"run: {settings}", extra={"terminal": f"run: all settings are in {log.path}"})
         build = engines.engine_builder(run, grid, device, kernels)
         start = setup.find_start(run, grid, device)
+        if grid.rank == 0:
+            step = start.state.step
+            log.add_sinks([MetricsFile(run.train.log_dir, step), *trackers.open_trackers(run, step)])
+            log.add_sinks([RunPage(run.train.log_dir)])
         engine = build(start.tensors)
         if start.resume:
             engine.restore(start.resume)

@@ -411,8 +411,19 @@ class TrainConfig:
     finished."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard events."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"], ...] = ()
+    """Experiment trackers; each needs its package, and tensorboard writes to --tensorboard-dir, else to
+    tensorboard in --log-dir."""
+    wandb_project: str | None = None
+    """Project of the trackers; alone it asks for wandb."""
+    wandb_exp_name: str | None = None
+    """Name of the run in the trackers."""
+    wandb_entity: str | None = None
+    """Team or user of Weights & Biases."""
+    wandb_save_dir: str | None = None
+    """Folder for local files of Weights & Biases; None: --log-dir."""
     log_dir: str = "logs"
-    """Folder for train.log."""
+    """Folder for train.log, metrics.jsonl and run.html."""
     device: DeviceChoice = "auto"
     """Device; auto selects an NPU, else a GPU, else the CPU."""
     distributed_backend: BackendChoice = "auto"

@@ -18,6 +18,7 @@ from ascendspeed.loss_compare.align import AXIS_NAMES
 from ascendspeed.loss_compare.compare import Comparison
 from ascendspeed.loss_compare.curve import LossCurve
 from ascendspeed.loss_compare.metrics import LossMetrics, format_percent, metric_definitions
+from ascendspeed.loss_compare.page_template import STYLE, environment
 from ascendspeed.loss_compare.performance_table import performance_row
 from ascendspeed.utils.atomic import remove_file, write_file
 
@@ -114,8 +115,6 @@ def format_metric(name: str, value: float | int | None) -> str:
 
 def as_html(comparison: Comparison, image: bytes) -> str:
     """Renders the page with the plot embedded, without scripts or external links."""
-    from jinja2 import Environment
-
     noise = asdict(comparison.noise_metrics) if comparison.noise_metrics else {}
     definitions = metric_definitions()
     metrics = [
@@ -127,10 +126,9 @@ def as_html(comparison: Comparison, image: bytes) -> str:
         )
         for name, value in asdict(comparison.metrics).items()
     ]
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        TEMPLATE.read_text("utf-8")
-    )
+    template = environment(TEMPLATE.parent).get_template(TEMPLATE.name)
     return template.render(
+        style=STYLE.read_text("utf-8"),
         passed=comparison.verdict.passed,
         title=title(comparison),
         image=base64.b64encode(image).decode(),

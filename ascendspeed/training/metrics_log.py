@@ -11,10 +11,10 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from ascendspeed.utils import logging as logs
 from ascendspeed.utils import streams
@@ -123,6 +123,15 @@ FIELDS = (
     _Field("memory", "memory_gib", "{:.2f} GiB".format, _unit(" GiB")),
     _Field("time left", "seconds_left", _hms, _seconds),
 )
+MEGATRON_TAGS = {
+    "lr": ("learning-rate", 1),
+    "global_batch_size": ("batch-size", 1),
+    "loss_scale": ("loss-scale", 1),
+    "grad_norm": ("grad-norm", 1),
+    "ms_per_iteration": ("iteration-time", 1e-3),
+    "tflops": ("throughput", 1),
+}
+"""Field -> tag of Megatron-LM's TensorBoard events, and the factor to its unit."""
 COMPACT_FIELDS = ("loss", "skipped", "nans", "seconds_left", "lr", "grad_norm", "tokens_per_s")
 """Fields of a line on a narrow terminal, the most important ones first; skipped iterations only if any."""
 NARROW_COLUMNS = 120
@@ -228,6 +237,7 @@ class MetricsLogger:
         if self._file and start_line:
             self._file.write(start_line + "\n")
         self._board = _tensorboard(tensorboard_dir) if tensorboard_dir and self.is_writer else None
+        self._sinks: list[MetricsSink] = []
         self._thread_hook = threading.excepthook
         if self._board:
             threading.excepthook = self._report_thread
@@ -269,11 +279,26 @@ class MetricsLogger:
         columns = shutil.get_terminal_size().columns
         self.say(format_line(line), compact_line(line, columns) if columns < NARROW_COLUMNS else "")
         try:
-            for tag, value in _scalars(line) if self._board else ():
+            for tag, value in scalars(line) if self._board else ():
                 self._board.add_scalar(tag, value, line.iteration)
         except OSError as error:
             self._board = None
             self.say(f"warning: --tensorboard-dir: {error.strerror or error}; no more is written there")
+        for sink in tuple(self._sinks):
+            self._try(sink, lambda sink=sink: sink.write(line))
+
+    def add_sinks(self, sinks: Iterable["MetricsSink"]) -> None:
+        """Adds receivers of the metrics lines; one that fails is left out with a warning."""
+        self._sinks += sinks
+
+    def _try(self, sink: "MetricsSink", action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # of any library; training continues
+            name = getattr(sink, "name", type(sink).__name__)
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            self.say(f"warning: {name}: {reason[0][:200]}; no more is written there")
+            self._sinks = [other for other in self._sinks if other is not sink]
 
     def _report_thread(self, error: threading.ExceptHookArgs) -> None:
         """Leaves out the traceback of TensorBoard's writing thread: the next line reports its error."""
@@ -283,6 +308,9 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Flushes and closes; later lines still reach stdout."""
+        for sink in tuple(self._sinks):
+            self._try(sink, sink.close)
+        self._sinks = []
         for sink in (self._file, self._board):
             if sink:
                 with contextlib.suppress(OSError):  # a full disk; the run has ended anyway
@@ -299,6 +327,16 @@ class MetricsLogger:
     def __exit__(self, *error: object) -> None:
         self._handled.__exit__(None, None, None)
         self.close()
+
+
+class MetricsSink(Protocol):
+    """Receiver of metrics lines on rank 0."""
+
+    def write(self, line: TrainLine | EvalLine) -> None:
+        """Receives a line."""
+
+    def close(self) -> None:
+        """Ends the output."""
 
 
 class _LineHandler(logging.Handler):
@@ -319,10 +357,15 @@ def _is_terminal() -> bool:
     return False
 
 
-def _scalars(line: TrainLine | EvalLine) -> Iterator[tuple[str, float]]:
+def scalars(line: TrainLine | EvalLine) -> Iterator[tuple[str, float]]:
+    """Yields (tag, value) for TensorBoard and trackers: the labels of the log, and Megatron-LM's tags."""
     if isinstance(line, EvalLine):
         yield f"lm loss {line.split}", line.loss
+        yield f"lm loss {line.split} ppl", line.perplexity
         return
+    for name, (tag, factor) in MEGATRON_TAGS.items():
+        if (value := getattr(line, name)) is not None:
+            yield tag, value * factor
     for label, value in ((f.label, getattr(line, f.name)) for f in FIELDS if f.name != "seconds_left"):
         if value is not None:
             yield label, value

@@ -1,0 +1,1 @@
+"""Page of a training run: curves, events, checkpoints and settings, read from its log."""

@@ -10,7 +10,7 @@ _MEGATRON = (
     ),
     (
         "metrics are written to --log-dir, and to TensorBoard with --tensorboard-dir",
-        "--wandb-project --wandb-exp-name --wandb-save-dir --wandb-entity --log-timers-to-tensorboard "
+        "--log-timers-to-tensorboard "
         "--log-memory-to-tensorboard --log-loss-scale-to-tensorboard --log-validation-ppl-to-tensorboard "
         "--log-world-size-to-tensorboard --tensorboard-log-interval --tensorboard-queue-size "
         "--timing-log-level --timing-log-option",
@@ -195,7 +195,7 @@ _HUGGING_FACE = (
     ("use --valid-data-path", "--validation-file"),
     ("use --input", "--train-file --dataset --dataset-name --input-file"),
     ("use --auto-resume, or --load", "--resume-from-checkpoint --overwrite-output-dir"),
-    ("use --tensorboard-dir", "--logging-dir --report-to"),
+    ("use --tensorboard-dir", "--logging-dir"),
     ("use --packing", "--neat-packing"),
     ("use --tokenizer-name-or-path", "--tokenizer --tokenizer-name --tokenizer-path --tokenizer-dir"),
     ("use --lora-target-modules", "--lora-target --target-modules"),

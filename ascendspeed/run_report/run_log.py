@@ -29,7 +29,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class SavedCheckpoint:
+class LoggedCheckpoint:
     """A checkpoint that the run has written."""
 
     path: str
@@ -48,7 +48,7 @@ class RunLog:
     train: list[TrainLine] = field(default_factory=list)
     evaluations: list[EvalLine] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    checkpoints: list[SavedCheckpoint] = field(default_factory=list)
+    checkpoints: list[LoggedCheckpoint] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     """Flat: `train.lr` -> value."""
@@ -69,7 +69,7 @@ class RunLog:
         elif match := SAVED.match(text):
             size = _size_of(Path(match[1]))
             self.checkpoints.append(
-                SavedCheckpoint(match[1], float(match[2]), float(match[3] or match[2]), size)
+                LoggedCheckpoint(match[1], float(match[2]), float(match[3] or match[2]), size)
             )
         elif text.startswith("error: "):
             self.errors.append(text)

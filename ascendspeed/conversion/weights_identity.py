@@ -28,8 +28,13 @@ from ascendspeed.models.param_mapping import Parameter, Slice2D
 
 EDGE_ROWS = 16
 """Rows that `sampled` reads at each end of a vocabulary."""
-ADDED_FIELDS = ("qk_layernorm",)
-"""Fields that are younger than recorded fingerprints; they count unless they are false."""
+ADDED_FIELDS = {
+    "qk_layernorm": False,
+    "rope_original_max_position_embeddings": None,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+}
+"""Fields that are younger than recorded fingerprints -> their defaults, which do not count."""
 SAMPLED_PARTS = 8
 """Parts of a matrix for `sampled`, which reads the row at the beginning of each."""
 CHUNK = 1 << 24
@@ -97,10 +102,9 @@ def full_bytes(reader: CheckpointReader, readers: Readers | None = None) -> str:
 
 
 def _architecture(reader: CheckpointReader, without: tuple[str, ...]) -> dict[str, object]:
-    fields = asdict(reader.config).items()
-    return {
-        name: value for name, value in fields if name not in without and (value or name not in ADDED_FIELDS)
-    }
+    fields = asdict(reader.config)
+    defaults = {name for name, default in ADDED_FIELDS.items() if fields[name] == default}
+    return {name: value for name, value in fields.items() if name not in without and name not in defaults}
 
 
 def _tensor_digest(named: tuple[str, Tensor]) -> list[str]:

@@ -23,7 +23,7 @@ GIVEN = {
     "NPROC",
     "NNODES",
 }
-GIVEN |= {"PACKING", "EPOCHS", "LR", "MIN_LR", "WARMUP"}
+GIVEN |= {"PACKING", "EPOCHS", "LR", "MIN_LR", "WARMUP", "LOSS", "BETA"}
 
 
 def clean(**own: str) -> dict[str, str]:
@@ -40,7 +40,7 @@ INPUTS = {
         *(f"model_from_hf/{n}" for n in ("internlm-7b", "internlm2-7b")),
     ),
 }
-PREFIXES = ("dataset/alpaca_text_document", "dataset/alpaca", "a", "b")
+PREFIXES = ("dataset/alpaca_text_document", "dataset/alpaca", "dataset/preference", "a", "b")
 
 
 def inputs(folder: Path) -> Path:

@@ -319,7 +319,7 @@ def answer_of(path: str, *words: str) -> str:
         (TRAIN, "--learning_rate", "--learning_rate of Hugging Face's tools does not exist here: use --lr"),
         (TRAIN, "--output_dir", "--save is the folder of checkpoints"),
         (TRAIN, "--num-workers", "there are no loader processes"),
-        (TRAIN, "--config", "settings are flags, not a configuration file; docs/coming-from.md"),
+        (TRAIN, "--config-file", "use --config, which reads the configuration files of both"),
         (TRAIN, "--seq_len", "of InternEvo or MindFormers does not exist here: use --seq-length"),
     ],
 )
@@ -335,10 +335,10 @@ def test_an_answer_names_flags_of_the_command():
 def test_all_unknown_flags_come_before_what_is_missing():
     path = "tools/preprocess_data.py"
     assert "Missing" in answer_of(path) or "required" in answer_of(path)  # control
-    assert answer_of(path, "--mindrecord_schema", "a", "--workrs=2", "--seed", "1", "--config", "x") == (
-        "unknown flags --mindrecord_schema, --workrs (did you mean --workers?), --seed; see --help; --config "
-        "of InternEvo or MindFormers does not exist here: settings are flags, not a configuration file; "
-        "docs/coming-from.md has the flag of each setting"
+    assert answer_of(path, "--mindrecord_schema", "a", "--workrs=2", "--seed", "1", "--launcher", "x") == (
+        "unknown flags --mindrecord_schema, --workrs (did you mean --workers?), --seed; see --help; "
+        "--launcher of InternEvo or MindFormers does not exist here: the recipes and `intern train` start "
+        "the launcher; see docs/recipes.md"
     )
 
 

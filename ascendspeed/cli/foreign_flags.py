@@ -213,10 +213,8 @@ _HUGGING_FACE = (
 """(answer, flags) of transformers, PEFT, LLaMA-Factory, lm-evaluation-harness and similar commands."""
 
 _INTERNEVO = (
-    (
-        "settings are flags, not a configuration file; docs/coming-from.md has the flag of each setting",
-        "--config --launcher --config-file --config-path",
-    ),
+    ("use --config, which reads the configuration files of both", "--config-file --config-path"),
+    ("the recipes and `intern train` start the launcher; see docs/recipes.md", "--launcher"),
     ("use --seq-length", "--seq-len"),
     ("use --micro-batch-size", "--micro-bsz"),
     ("use --global-batch-size", "--micro-num"),

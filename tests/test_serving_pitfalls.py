@@ -200,6 +200,7 @@ def test_an_error_after_the_first_byte_is_an_event():
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the body is not JSON: Invalid JSON"),
         (b'{"seed": ' + b"9" * 6000 + b"}", "the body is not JSON"),
         (b"\xff", "the body is not JSON"),
+        (b'{"messages": [{}], "repetition_penalty": 5e-324}', "repetition_penalty"),  # logits become infinite
     ],
 )
 def test_hostile_bodies_are_400(body, message):

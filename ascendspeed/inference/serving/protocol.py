@@ -50,7 +50,7 @@ class SamplingFields(BaseModel):
     min_tokens: Annotated[int, Field(ge=0)] | None = 0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = 1.0
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     cache_salt: str | None = None
 

@@ -155,7 +155,19 @@ def shell(tmp_path):
     return shell
 
 
-def test_fronts(shell, tmp_path):
+@pytest.fixture
+def weights(tmp_path) -> str:
+    """A folder with the names of a checkpoint of InternLM-7B, which are checked before processes start."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    config = families.FAMILIES["internlm"].write_config(families.preset("internlm-7b"))
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("model.safetensors", "tokenizer.model"):
+        (folder / name).touch()
+    return str(folder)
+
+
+def test_fronts(shell, tmp_path, weights):
     hosts = str(tmp_path / "hosts")
     Path(hosts).write_text("node0 slots=8\nnode1 slots=8\n")
     recipe = "examples/intern/generate_internlm_7b_deepspeed.sh"
@@ -166,7 +178,8 @@ def test_fronts(shell, tmp_path):
         "./dataset/internlm --model"
     )
     assert output.endswith("--mlp-layer-fusion --bf16 --prompt hi\n")
-    _, output = shell(recipe, TP="4", PP="2", DTYPE="fp32", TOKENIZER_PATH="")
+    given = {"CHECKPOINT": weights, "TOKENIZER_PATH": ""}
+    _, output = shell(recipe, TP="4", PP="2", DTYPE="fp32", **given)
     assert output.startswith(
         "deepspeed --no_local_rank --master_port 29500 --log_level critical --num_accelerators 8 "
     )
@@ -189,7 +202,7 @@ def test_fronts(shell, tmp_path):
     assert output.startswith("error: usage: ")
     evaluation = "tasks/evaluation/eval_internlm.sh"
     assert shell(evaluation)[1].startswith("python tasks/evaluation/evaluation.py --task mmlu ")
-    assert "--num_accelerators 8 tasks/evaluation/evaluation.py" in shell(evaluation, TP="8")[1]
+    assert "--num_accelerators 8 tasks/evaluation/evaluation.py" in shell(evaluation, TP="8", **given)[1]
     assert (
         f"--hostfile {hosts} tasks/evaluation/evaluation.py" in shell(evaluation, TP="16", HOSTFILE=hosts)[1]
     )
@@ -200,17 +213,16 @@ def test_fronts(shell, tmp_path):
     assert "NNODES=2 needs NODE_RANK" in shell(evaluation, TP="16", NNODES="2")[1]
 
 
-def test_front_of_the_table(shell):
+def test_front_of_the_table(shell, weights):
     script = "tasks/inference/benchmark.sh"
     code, output = shell(script, "performance", "[[256,256]]", "4", CHECKPOINT="W")
     assert code == 0
     assert output.startswith("python tasks/inference/benchmark.py --load W")
     assert output.endswith("--performance [[256,256]] --batch-size 4 --bf16\n")
-    _, output = shell(script, "performance_maxbs", "[[256,256]]", "[[1,8]]", "50", "internlm", "W", "4")
+    _, output = shell(script, "performance_maxbs", "[[256,256]]", "[[1,8]]", "50", "internlm", weights, "4")
     assert output.startswith("deepspeed")
-    assert (
-        "--num_accelerators 4 tasks/inference/benchmark.py --load W --tensor-model-parallel-size 4" in output
-    )
+    program = f"tasks/inference/benchmark.py --load {weights} --tensor-model-parallel-size 4"
+    assert f"--num_accelerators 4 {program}" in output
     assert "--performance-maxbs [[256,256]] --ranges [[1,8]] --limit-ms 50 --bf16" in output
     for arguments in (
         (),

@@ -101,7 +101,7 @@ def engine_of(run: Any, grid: Any) -> Any:
             if not skipped:
                 self._update(gradient[rows[0] : rows[1]] / float(total[1]), lr)
             bad = tuple(i for i, loss in enumerate(losses) if not math.isfinite(loss))
-            return StepResult(loss, int(total[1]), norm, skipped, 1.0, bad)
+            return StepResult(loss, int(total[1]), norm, skipped, 1.0, bad=bad)
 
         def _update(self, gradient: torch.Tensor, lr: float) -> None:
             master, first, second = self.state.values()

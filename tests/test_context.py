@@ -13,7 +13,7 @@ LENGTH, HEADS, GROUPS, D = 24, 4, 2, 8
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_every_rank_has_an_early_and_a_late_chunk(cpu, size):
     """Chunks are those of megatron-core's own `get_batch_on_this_cp_rank` and of TransformerEngine."""
-    from ascendspeed.models.gpt.context_parallel import SequenceShard
+    from ascendspeed.models.gpt.sequence_shard import SequenceShard
 
     whole, seen = torch.arange(LENGTH), []
     for rank in range(size):
@@ -33,9 +33,10 @@ def test_every_rank_has_an_early_and_a_late_chunk(cpu, size):
 @pytest.mark.parametrize("size", [2, 3])
 def test_what_is_gathered_is_in_its_own_order(cpu, size, monkeypatch):
     from ascendspeed.models.gpt import context_parallel
+    from ascendspeed.models.gpt.sequence_shard import SequenceShard
 
     whole = torch.randn(LENGTH, 2, 5)
-    shares = [context_parallel.SequenceShard(rank, size).take(whole, 0) for rank in range(size)]
+    shares = [SequenceShard(rank, size).take(whole, 0) for rank in range(size)]
     monkeypatch.setattr(
         context_parallel, "gather_from_sequence_parallel_region", lambda x, group: torch.cat(shares)
     )
@@ -46,10 +47,11 @@ def test_what_is_gathered_is_in_its_own_order(cpu, size, monkeypatch):
 def test_positions_are_exchanged_for_heads_and_back(cpu, size, monkeypatch):
     """Every rank gets all positions, in order, of its own heads; the way back restores its positions."""
     from ascendspeed.models.gpt import context_parallel
+    from ascendspeed.models.gpt.sequence_shard import SequenceShard
 
     whole = torch.randn(LENGTH, 2, 6, 5)
     group = SimpleNamespace(size=lambda: size)
-    shares = [context_parallel.SequenceShard(rank, size).take(whole, 0) for rank in range(size)]
+    shares = [SequenceShard(rank, size).take(whole, 0) for rank in range(size)]
     for_rank: list[list[torch.Tensor]] = [[] for _ in range(size)]
 
     def keep(_, parts):  # the first pass: collects what every rank sends
@@ -98,7 +100,7 @@ def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def test_the_chunks_of_all_ranks_make_the_whole(cpu, size, length):
     """Outputs and gradients, grouped queries included."""
     from ascendspeed.models.gpt.attention import attend
-    from ascendspeed.models.gpt.context_parallel import SequenceShard
+    from ascendspeed.models.gpt.sequence_shard import SequenceShard
 
     length -= length % (2 * size)
     inputs = tensors(length)
@@ -190,8 +192,8 @@ def test_rope_has_the_positions_of_the_share(cpu):
 
     from helpers.models import INTERNLM
 
-    from ascendspeed.models.gpt.context_parallel import SequenceShard
     from ascendspeed.models.gpt.rope import Rope
+    from ascendspeed.models.gpt.sequence_shard import SequenceShard
 
     rope = Rope(
         replace(INTERNLM, rope_scaling_type="dynamic", rope_scaling_factor=2.0, max_position_embeddings=32)

@@ -317,7 +317,7 @@ def test_zero_that_shares_nothing_is_stage_0(cpu, tmp_path, monkeypatch, caplog,
         optim=OptimConfig(bf16=changes == "bf16"),
         train=replace(RUN.train, log_dir=str(tmp_path)),
     )
-    grid = SimpleNamespace(rank=0, world=2 * (1 + (changes == "replicas")), dp=1 + (changes == "replicas"))
+    grid = SimpleNamespace(rank=0, world=2 * (1 + (changes == "replicas")), dp_cp=1 + (changes == "replicas"))
     monkeypatch.setattr(deepspeed, "import_deepspeed", lambda device: None)
     monkeypatch.setattr(deepspeed_check, "check", lambda *_: None)
     monkeypatch.setattr(deepspeed, "DeepSpeedEngine", lambda run, *_: run)

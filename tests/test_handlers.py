@@ -65,7 +65,7 @@ def test_errors_list_what_there_is():
         create("AlpacaHandler")
     assert all(name in str(error.value) for name in HANDLERS)
     for typed, meant in {
-        "AlpacaStyle": "AlpacaStyleInstructionHandler",
+        "AlpacaStyle": "AlpacaStyleInstructionHandler or AlpacaStylePairwiseHandler",
         "sharegpt": "SharegptStyleInstructionHandler",
         "Alpaca": "AlpacaPretrainHandler or AlpacaStyleInstructionHandler",
         "GeneralInstructHandler": "GeneralInstructionHandler",

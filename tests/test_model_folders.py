@@ -73,7 +73,10 @@ def test_the_trained_length_said_twice_in_rope_scaling(kind):
     for spelling in ("rope_scaling", "rope_parameters"):
         values = {key: value for key, value in CONFIG.items() if key != "rope_scaling"}
         assert read(values | {spelling: twice}) == read(values | {spelling: plain})
-        with pytest.raises(UserError, match="original_max_position_embeddings = 128 is not supported"):
+        with pytest.raises(
+            UserError,
+            match="original_max_position_embeddings = 128 is supported for rope scaling 'llama3' only",
+        ):
             read(values | {spelling: plain | {"original_max_position_embeddings": 128}})
 
 

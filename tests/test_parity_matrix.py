@@ -311,7 +311,7 @@ def test_rows_are_chosen_by_their_titles():
     select_rows = layouts.select_rows(["internlm2", "mixtral"], ["ep2X", "cp4"])
     assert {start: [row.name for row in some] for start, some in select_rows.items()} == {
         ("internlm2", 4): ["CP4"],
-        ("mixtral", 4): ["EP2xPP2", "EP2xTP2+SP"],
+        ("mixtral", 4): ["EP2xDP2, ZeRO-1 in 2 copies (hybrid)", "EP2xPP2", "EP2xTP2+SP"],
     }
 
 

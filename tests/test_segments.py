@@ -372,8 +372,8 @@ ROWS = st.lists(
 def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout, edges):
     """Values and gradients; a context-parallel rank has queries of two chunks; documents begin anywhere."""
     from ascendspeed.models.gpt.attention import attend_packed
-    from ascendspeed.models.gpt.context_parallel import SequenceShard
     from ascendspeed.models.gpt.packed_sequences import PackedSequences
+    from ascendspeed.models.gpt.sequence_shard import SequenceShard
 
     rows = [[b - a for a, b in pairwise(row)] for row in edges]
     (q, k, v), ids = inputs(rows)
@@ -397,9 +397,9 @@ def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout
 @pytest.mark.parametrize("scaling", ["none", "linear", "dynamic", "llama3"])
 def test_documents_are_turned_as_if_alone(cpu, scaling):
     """And the tables are made once for all layers."""
-    from ascendspeed.models.gpt.context_parallel import WHOLE_SEQUENCE, SequenceShard
     from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
     from ascendspeed.models.gpt.rope import Rope
+    from ascendspeed.models.gpt.sequence_shard import WHOLE_SEQUENCE, SequenceShard
 
     rope, rows = (
         Rope(

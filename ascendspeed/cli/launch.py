@@ -233,7 +233,10 @@ def _check_inference(script: str, flags: Sequence[str], plan: LaunchPlan) -> Non
     """
     name = INFERENCE_PROGRAMS.get(script, script)
     if plan.world is not None and name in INFERENCE_PROGRAMS.values():
-        importlib.import_module(name).resolve(flags, plan.world)
+        job, _ = importlib.import_module(name).resolve(flags, plan.world)
+        check_folders = importlib.import_module("ascendspeed.inference.input_checks").check_folders
+        # The benchmark reads no tokenizer.
+        check_folders(job.spec.args.load, None if name.endswith("benchmark") else job.spec.tokenizer)
 
 
 def main() -> int:

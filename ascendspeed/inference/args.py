@@ -25,7 +25,7 @@ from ascendspeed.config.schema import (
     QuantizationChoice,
     alias,
 )
-from ascendspeed.inference.input_checks import check_chat_template, check_folders, check_input_file
+from ascendspeed.inference.input_checks import check_chat_template, check_input_file
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 
@@ -234,7 +234,6 @@ def resolve_engine(line: CommandLine[Any], world: int) -> EngineSpec:
             "--load is needed: a Hugging Face directory, converted weights or a training checkpoint"
         )
     tokenizer = args.tokenizer_name_or_path or args.load
-    check_folders(args.load, tokenizer)
     command.check_precision(args.bf16, args.fp16)
     line.legacy.check(args)
     name = line.options.preset.model

@@ -8,13 +8,13 @@ from ascendspeed.checkpoint.paths import describe_missing
 from ascendspeed.utils.errors import UserError
 
 
-def check_folders(load: str, tokenizer: str) -> None:
-    """Raises UserError naming what is missing of weights and tokenizer.
+def check_folders(load: str, tokenizer: str | None) -> None:
+    """Raises UserError naming what is missing of weights and tokenizer (None: there need be none).
 
     Every rank would find it too, but only after all processes have started.
     """
     checks: list[Callable[[], object]] = [lambda: _check_weights(Path(load))]
-    if tokenizer != load or Path(load).is_dir():
+    if tokenizer is not None and (tokenizer != load or Path(load).is_dir()):
         checks.append(lambda: _check_tokenizer(tokenizer))
     _run_all(checks)
 

@@ -138,6 +138,7 @@ LAYOUTS = (
     megatron("TP2, recompute selective", 2, TP, train=SELECTIVE),
     megatron("PP2, 3 and 1 layers", 2, PP | {"decoder_first_pipeline_num_layers": 3}),
     megatron("PP4", 4, {"pipeline_model_parallel_size": 4}),
+    megatron("DP2, ZeRO-1 in 2 copies (hybrid)", 2, HYBRID),
     megatron("DP4, ZeRO-1 in 2 copies (hybrid)", 4, HYBRID, families=DENSE + SPARSE),
     megatron("CP2xDP2, ZeRO-1 in 2 copies (hybrid)", 4, CP | HYBRID),
     megatron("TP2xDP4+SP, ZeRO-1 in 2 copies (hybrid)", 8, TP | SP | HYBRID),
@@ -195,7 +196,7 @@ CONTROLS = (
     NAMED["Megatron CP2"].with_mistake("chunks in a row", mistake="chunks in a row"),
     NAMED["Megatron CP2, all-to-all"].with_mistake("chunks in a row", mistake="chunks in a row"),
     NAMED["DeepSpeed CP2, ZeRO-2"].with_mistake("chunks in a row", mistake="chunks in a row"),
-    NAMED["Megatron DP4, ZeRO-1 in 2 copies (hybrid)"].with_mistake(
+    NAMED["Megatron DP2, ZeRO-1 in 2 copies (hybrid)"].with_mistake(
         "sum over the copies missing", mistake="sum over the copies"
     ),
     NAMED["DeepSpeed ZeRO-2"].with_mistake("no clipping", optim={"clip_grad": 0.0}),

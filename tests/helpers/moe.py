@@ -46,7 +46,14 @@ MODELS = {
 
 def hugging_face(model: ModelConfig):
     """(class, configuration) of a model, in Hugging Face's words."""
-    from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+    from transformers import (
+        MixtralConfig,
+        MixtralForCausalLM,
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
     own = {
         "num_hidden_layers": model.num_layers,
@@ -66,6 +73,14 @@ def hugging_face(model: ModelConfig):
     }
     if model.family == "mixtral":
         return MixtralForCausalLM, MixtralConfig(**own, num_local_experts=model.num_experts)
+    if model.family == "qwen3_moe":
+        return Qwen3MoeForCausalLM, Qwen3MoeConfig(
+            **own,
+            num_experts=model.num_experts,
+            moe_intermediate_size=model.moe_ffn_hidden_size,
+            norm_topk_prob=not model.moe_router_pre_softmax,
+            head_dim=model.head_dim,
+        )
     return Qwen2MoeForCausalLM, Qwen2MoeConfig(
         **own,
         num_experts=model.num_experts,

@@ -13,14 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ascendspeed.models.gpt.context_parallel import (
-    WHOLE_SEQUENCE,
-    SequenceShard,
-    gather_sequence,
-    heads_to_sequence,
-    sequence_to_heads,
-)
+from ascendspeed.models.gpt.context_parallel import gather_sequence, heads_to_sequence, sequence_to_heads
 from ascendspeed.models.gpt.packed_sequences import PackedSequences
+from ascendspeed.models.gpt.sequence_shard import WHOLE_SEQUENCE, SequenceShard
 
 BLOCK = 128
 """Queries whose scores or mask exist at the same time."""

@@ -15,8 +15,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from ascendspeed.distributed.device import SequenceBounds
-from ascendspeed.models.gpt.context_parallel import WHOLE_SEQUENCE, SequenceShard
 from ascendspeed.models.gpt.rope import Rope
+from ascendspeed.models.gpt.sequence_shard import WHOLE_SEQUENCE, SequenceShard
 from ascendspeed.utils.errors import UserError
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models.gpt.context_parallel import WHOLE_SEQUENCE, SequenceShard
+from ascendspeed.models.gpt.sequence_shard import WHOLE_SEQUENCE, SequenceShard
 
 KEPT_TABLES = 8
 

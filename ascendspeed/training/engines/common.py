@@ -15,8 +15,8 @@ from ascendspeed.data.batch import Batch
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid, rng_states, set_rng_states
 from ascendspeed.models.gpt import gpt_model
-from ascendspeed.models.gpt.context_parallel import SequenceShard
 from ascendspeed.models.gpt.router_losses import RouterLosses, valid_tokens_of
+from ascendspeed.models.gpt.sequence_shard import SequenceShard
 from ascendspeed.training import objectives
 
 MOMENTS = KINDS[1:]

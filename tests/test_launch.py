@@ -1,6 +1,7 @@
 """Recipes through the launcher: command lines, signals, restarts; `deepspeed`, `torchrun` are stand-ins."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from helpers import launch, recipes
+
+from ascendspeed.models import families
 
 RECIPE = "examples/intern/pretrain_internlm_7b_zero.sh"
 GENERATION = "examples/intern/generate_internlm_7b_deepspeed.sh"
@@ -280,15 +283,23 @@ def slow(tmp_path):
             "FIRST": "0",
             "SECOND": "0",
         }
+        folder = Path(recipes.inputs(tmp_path))
+        weights = folder / "model_weights"
+        weights.mkdir(exist_ok=True)
+        config = families.FAMILIES["internlm"].write_config(families.preset("internlm-7b"))
+        (weights / "config.json").write_text(json.dumps(config))
+        for name in ("model.safetensors", "tokenizer.model"):
+            (weights / name).touch()
         process = subprocess.Popen(
             ["bash", str(launch.ROOT / script)],
             env=launch.environment() | environment | env,
-            cwd=recipes.inputs(tmp_path),
+            cwd=folder,
             stderr=subprocess.PIPE,
             text=True,
             process_group=0,
         )
         while not log.exists() or until not in log.read_text():
+            assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
         return process
 

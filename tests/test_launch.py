@@ -283,6 +283,8 @@ def slow(tmp_path):
             "FIRST": "0",
             "SECOND": "0",
         }
+        if script == GENERATION:
+            environment["TP"] = "2"
         folder = Path(recipes.inputs(tmp_path))
         weights = folder / "model_weights"
         weights.mkdir(exist_ok=True)

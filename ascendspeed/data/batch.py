@@ -24,8 +24,8 @@ class Batch:
     position_ids: Tensor
     """int64; 0 at position 0, and at each document that must not attend to the documents before it."""
     conversations: Tensor | None = None
-    """Of preference pairs, int64: 2 i where the label belongs to the chosen, 2 i + 1 where it belongs to the
-    rejected conversation of pair i of the micro-batch; arbitrary where the loss mask is 0."""
+    """Conversation of every label of preference pairs, int64: 2 i for the chosen and 2 i + 1 for the rejected
+    one of pair i of the micro-batch; arbitrary where the loss mask is 0."""
     pairs: int = 0
     """Preference pairs in the micro-batch."""
     reference: Tensor | None = None

@@ -15,8 +15,8 @@ class Document:
     loss_mask: np.ndarray | None = None
     """[n] bool, False where a token is not supervised; None: all tokens are supervised."""
     rejected_start: int | None = None
-    """Of a preference pair, which is one document, the chosen conversation before the rejected one: the first
-    token of the rejected one. None: not a pair."""
+    """Index of the first token of the rejected conversation, if the document is a preference pair: the chosen
+    conversation followed by the rejected one. None: not a pair."""
 
     @classmethod
     def of_pair(cls, chosen: "Document", rejected: "Document") -> "Document":

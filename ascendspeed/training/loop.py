@@ -45,7 +45,7 @@ class LogInterval:
 
     results: list[StepResult] = field(default_factory=list)
     samples: int = 0
-    """Of the iterations that were computed."""
+    """Samples of the iterations that were computed."""
     left_out: int = 0
     """Iterations that a flag skipped."""
     began: float = field(default_factory=time.perf_counter)

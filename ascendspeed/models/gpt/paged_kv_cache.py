@@ -47,7 +47,7 @@ class _SharedPrefix:
     blocks: slice | Tensor
     """The common blocks."""
     groups: "list[_DecodeGroup]"
-    """The same tokens and the blocks that are not common."""
+    """Decoding groups of these tokens, with the blocks that are not common."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ascendspeed.models.families.base import Fusion, Span, block_spans
 from ascendspeed.models.param_mapping import ShardSpec
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic polynomial of an iteration; its slope at 0 is as large as possible (Keller Jordan)."""
+"""Coefficients of an iteration's quintic polynomial; its slope at 0 is as large as possible."""
 EPSILON = 1e-7
 FUSIONS: dict[str, Fusion] = {
     "linear_qkv": "qkv",

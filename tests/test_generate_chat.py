@@ -150,7 +150,7 @@ def test_tools_in_files(cpu, tmp_path, monkeypatch):
     )
     received = []
 
-    def answer(session, prompts, numbers, *_):
+    def answer(session, prompts, numbers, *_, **options):
         received.extend(prompts)
         return [
             [batching.Answer("", tokens, "stop", 0.0)]

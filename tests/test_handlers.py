@@ -66,8 +66,8 @@ def test_errors_list_what_there_is():
     assert all(name in str(error.value) for name in HANDLERS)
     for typed, meant in {
         "AlpacaStyle": "AlpacaStyleInstructionHandler or AlpacaStylePairwiseHandler",
-        "sharegpt": "SharegptStyleInstructionHandler",
-        "Alpaca": "AlpacaPretrainHandler or AlpacaStyleInstructionHandler",
+        "sharegpt": "SharegptStyleInstructionHandler or SharegptStylePairwiseHandler",
+        "Alpaca": "AlpacaPretrainHandler or AlpacaStyleInstructionHandler or AlpacaStylePairwiseHandler",
         "GeneralInstructHandler": "GeneralInstructionHandler",
     }.items():
         with pytest.raises(UserError, match=rf"did you mean {meant}\? There are"):

@@ -25,7 +25,7 @@ from ascendspeed.config.schema import (
     QuantizationChoice,
     alias,
 )
-from ascendspeed.inference.input_checks import check_chat_template, check_input_file
+from ascendspeed.inference.input_checks import check_chat_template, check_folders, check_input_file
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 
@@ -233,7 +233,8 @@ def resolve_engine(line: CommandLine[Any], world: int) -> EngineSpec:
         raise UserError(
             "--load is needed: a Hugging Face directory, converted weights or a training checkpoint"
         )
-    tokenizer = args.tokenizer_name_or_path or args.load
+    if not Path(args.load).is_dir():
+        check_folders(args.load, args.tokenizer_name_or_path)
     command.check_precision(args.bf16, args.fp16)
     line.legacy.check(args)
     name = line.options.preset.model
@@ -251,7 +252,7 @@ def resolve_engine(line: CommandLine[Any], world: int) -> EngineSpec:
             f"PP {args.pipeline_model_parallel_size} "
             f"are {ranks}; start NPROC={ranks}, or choose other --tp and --pp"
         )
-    return EngineSpec(args, loaded, expected, tokenizer)
+    return EngineSpec(args, loaded, expected, args.tokenizer_name_or_path or args.load)
 
 
 def task_name(word: str) -> str:

@@ -29,7 +29,8 @@ QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     config_mappings=(
         *override_keys(CONFIG_MAPPINGS, num_key_value_heads=4, max_position_embeddings=32768),
-        ConfigMapping("num_experts", ("num_experts",), 128),
+        # The alias is the name in transformers 5.
+        ConfigMapping("num_experts", ("num_experts",), 128, aliases=("num_local_experts",)),
         ConfigMapping("router_aux_loss_coef", ("moe_aux_loss_coeff",), 0.0),
         ConfigMapping("num_experts_per_tok", ("moe_router_topk",), 8),
         ConfigMapping("moe_intermediate_size", ("moe_ffn_hidden_size",), 768, "expert_ffn"),

@@ -5,6 +5,7 @@ it activates torch_npu's `transfer_to_npu`; on a CPU it redirects the `torch.cud
 the CPU.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -15,7 +16,7 @@ import os
 import resource
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -136,19 +137,22 @@ def prepare(choice: str = "auto", backend: str = "auto", deterministic: bool = F
 
 
 def _import_megatron() -> None:
-    """Imports Megatron-core so that its fused functions are compiled when they are first called.
+    """Imports Megatron-core, which keeps its decorator for modules that are imported later."""
+    if "megatron.core" not in sys.modules:
+        with compilation_on_first_call():
+            importlib.import_module("megatron.core.jit")
 
-    It decorates them by `torch.compile` itself, which loads torch's compiler, half of the time of a start;
-    most models call none of them.
+
+@contextlib.contextmanager
+def compilation_on_first_call() -> Iterator[None]:
+    """Functions that packages decorate by `torch.compile` while they are imported are compiled when called.
+
+    The decorator itself loads torch's compiler, half of the time of a start; most models call none of them.
     """
-    if "megatron.core" in sys.modules:
-        return
     original = torch.compile
     torch.compile = _compile_on_first_call
     try:
-        importlib.import_module(
-            "megatron.core.jit"
-        )  # keeps the decorator for modules that are imported later
+        yield
     finally:
         torch.compile = original
 

@@ -55,7 +55,7 @@ from ascendspeed.training import data_setup, fault_tolerance, input_record, loop
 def test_fused_functions_are_compiled_when_they_are_called(cpu, monkeypatch):
     import torch
 
-    from ascendspeed.distributed.device import _compile_on_first_call
+    from ascendspeed.distributed.device import _compile_on_first_call, _leave_uncompiled
 
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f, **settings: compiled.append(settings) or f)
@@ -69,6 +69,7 @@ def test_fused_functions_are_compiled_when_they_are_called(cpu, monkeypatch):
     assert (compiled, double.__doc__) == ([], "Doubles.")
     assert (double(2), double(3), halve(4)) == (4, 6, 2)
     assert compiled == [{}, {"dynamic": True}]
+    assert _leave_uncompiled(double) is _leave_uncompiled(dynamic=True)(double) is double
 
 
 @pytest.mark.slow

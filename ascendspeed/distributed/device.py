@@ -5,7 +5,6 @@ it activates torch_npu's `transfer_to_npu`; on a CPU it redirects the `torch.cud
 the CPU.
 """
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -16,7 +15,7 @@ import os
 import resource
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -128,7 +127,7 @@ def prepare(choice: str = "auto", backend: str = "auto", deterministic: bool = F
                 "start fewer processes per node"
             )
         getattr(torch, kind).set_device(index)
-    _import_megatron()
+    import_uncompiled("megatron.core.jit", kind)  # which keeps the decorator for modules imported later
     if kind == "cpu":
         name = cpu_info().get("model name", "CPU")
     else:
@@ -136,25 +135,26 @@ def prepare(choice: str = "auto", backend: str = "auto", deterministic: bool = F
     return Device(kind, index, "gloo" if backend == "gloo" else BACKENDS[kind], name)
 
 
-def _import_megatron() -> None:
-    """Imports Megatron-core, which keeps its decorator for modules that are imported later."""
-    if "megatron.core" not in sys.modules:
-        with compilation_on_first_call():
-            importlib.import_module("megatron.core.jit")
+def import_uncompiled(module: str, kind: str) -> None:
+    """Imports a module some functions of which are decorated by `torch.compile`, without compiling them.
 
-
-@contextlib.contextmanager
-def compilation_on_first_call() -> Iterator[None]:
-    """Functions that packages decorate by `torch.compile` while they are imported are compiled when called.
-
-    The decorator itself loads torch's compiler, half of the time of a start; most models call none of them.
+    The decorator itself loads torch's compiler, half of the time of a start, and most models call none of
+    them. On CUDA they are compiled when they are first called. Elsewhere they run as they are written: on a
+    CPU the compiler would need one of C++, and for an NPU torch has none.
     """
+    if module in sys.modules:
+        return
     original = torch.compile
-    torch.compile = _compile_on_first_call
+    torch.compile = _compile_on_first_call if kind == "cuda" else _leave_uncompiled
     try:
-        yield
+        importlib.import_module(module)
     finally:
         torch.compile = original
+
+
+def _leave_uncompiled(function: Callable | None = None, **settings: Any) -> Callable:
+    """Decorator in place of `torch.compile`."""
+    return _leave_uncompiled if function is None else function
 
 
 def _compile_on_first_call(function: Callable | None = None, **settings: Any) -> Callable:

@@ -145,6 +145,8 @@ def main() -> None:
             save(case["save"], last, engine, run, grid)
         del engine
         gc.collect()
+    # Neither engine, nor a family, needs torch's compiler, which takes seconds to load.
+    assert "torch._inductor.compile_fx" not in sys.modules
     if grid.rank == 0:
         Path(job["out"]).write_text(json.dumps(curves))
     process_groups.destroy()

@@ -28,7 +28,7 @@ from torch import Tensor
 from ascendspeed.checkpoint.fragment import KINDS, Fragment
 from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import Batch
-from ascendspeed.distributed.device import Device, compilation_on_first_call
+from ascendspeed.distributed.device import Device, import_uncompiled
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.distributed.process_groups import MPU, ProcessGrid
 from ascendspeed.models.gpt import gpt_model
@@ -402,8 +402,8 @@ def import_deepspeed(device: Device) -> Any:
     deepspeed.utils.logger.addFilter(_is_news)
     if device.kind == "cpu":
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
-    with compilation_on_first_call():  # ZeRO imports it to know whether the optimizer is this one
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    # ZeRO imports it to know whether the optimizer is its Muon.
+    import_uncompiled("deepspeed.runtime.zero.muon.muon_optimizer", device.kind)
     if not device.reduces_fp64:  # ZeRO-3 would sum the gradient norm in fp64
         deepspeed.accelerator.get_accelerator().is_fp64_supported = lambda: False
     deepspeed.init_distributed(dist_backend=device.backend, verbose=False)

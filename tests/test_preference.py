@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import preference
-from helpers.preference import STEPS, curves, pairs_in_order, run_of, trl_curve, write_inputs
+from helpers.preference import (
+    REWARD_TOKEN,
+    STEPS,
+    curves,
+    pairs_in_order,
+    reward_curve,
+    run_of,
+    trl_curve,
+    write_inputs,
+)
 
 from ascendspeed.cli.train_args import resolve
 from ascendspeed.config.schema import PreferenceConfig
@@ -16,6 +25,8 @@ from ascendspeed.utils.errors import UserError
 
 FEW = 3
 ZERO = {"deepspeed": True, "zero_stage": 1}
+RM = {"preference": {"stage": "rm"}, "model": {"reward_head": True}}
+WITH_TOKEN = {**RM, "data": {"reward_token_id": REWARD_TOKEN}}
 
 
 def case(steps=FEW, parallel=None, **groups):
@@ -50,6 +61,29 @@ def dpo_by_trl(inputs):
     return lambda steps: trl_curve(run, steps, pairs_in_order(run, steps))
 
 
+def test_one_engine_trains_as_a_loop_over_hugging_faces_model(inputs):
+    """dpo and a reward model, in one start of a process."""
+    cases = {
+        "dpo": case(2),
+        "dpo swapped": {**case(2), "break": "pair swapped"},
+        "rm": case(2, **WITH_TOKEN),
+        "rm swapped": {**case(2, **WITH_TOKEN), "break": "pair swapped"},
+    }
+    run = run_of(inputs)
+    expected = {
+        "dpo": preference.torch_curve(run, 2, pairs_in_order(run, 2)),
+        "rm": reward_curve(inputs, 2, REWARD_TOKEN),
+    }
+    for name, curve in curves(inputs, cases).items():
+        values, norms = worst(curve, expected[name.removesuffix(" swapped")])
+        if "swapped" in name:
+            assert values > 1e-3, name  # control
+        else:
+            assert values < 1e-5, (name, curve, expected)
+            assert norms < 1e-5, (name, norms)
+
+
+@pytest.mark.slow
 def test_both_engines_train_as_trl(inputs, dpo_by_trl):
     cases = {
         "megatron": case(),

@@ -11,7 +11,7 @@ from typing import Any
 from tyro.conf import FlagCreatePairsOff
 
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
-from ascendspeed.cli import command, parser, validation
+from ascendspeed.cli import command, parser, reward_model, validation
 from ascendspeed.cli.command import CommandLine
 from ascendspeed.cli.compat import TRAIN
 from ascendspeed.cli.config_file import reading as config_file
@@ -86,8 +86,10 @@ def resolve_line(line: CommandLine[Any], world: int | None) -> tuple[Run, list[s
     _check_data(options.data, line.typed)
     train = _length_of(train, line.typed)
     validation.check_preference(options.preference, line.typed)
+    model = reward_model.resolve(options.preference, options.data, model, train.load)
+    data = reward_model.data_of(options.data, model)
     lora = targets.resolve_config(model, options.lora)
-    run = Run(model, parallel, options.optim, _mocked(options.data), train, lora, options.preference)
+    run = Run(model, parallel, options.optim, _mocked(data), train, lora, options.preference)
     line.legacy.check(run)
     validation.check_run(run, world)
     if line.dumps:
@@ -260,6 +262,8 @@ def model_of(line: CommandLine[Any], name: str | None, load: str | None) -> Mode
     """
     loaded = find_model(load) if load else None
     base = families.preset(name) if name else loaded or families.preset(DEFAULT_MODEL)
+    if loaded is not None:
+        base = replace(base, reward_head=loaded.reward_head, scored_token_id=loaded.scored_token_id)
     model = parser.parse_group(ModelConfig, line.args, base)
     if loaded is None:
         return model

@@ -93,6 +93,7 @@ def check_run(run: Run, world: int | None) -> None:
     batch_schedule.check_rampup(run.train)
     batch_schedule.skipped_iterations(run.train)
     _check_token_terms(run)
+    _check_reward_model(run)
     _check_model(run)
     _check_engine(run.parallel)
     check_muon(run)
@@ -229,6 +230,15 @@ def check_preference(preference: PreferenceConfig, typed: Collection[str]) -> No
                 f"{flag} means nothing to --loss {preference.loss}, only to {' and '.join(losses)}; leave "
                 "it out"
             )
+
+
+def _check_reward_model(run: Run) -> None:
+    """Raises UserError for adapters of a reward model, whose new head they would leave untrained."""
+    if run.preference.trains_reward_model and run.lora.lora_rank:
+        raise UserError(
+            f"--stage rm trains all weights: its new head is no adapter; leave --lora-rank "
+            f"{run.lora.lora_rank} out"
+        )
 
 
 def _check_token_terms(run: Run) -> None:

@@ -102,6 +102,10 @@ class ModelConfig:
     """Coefficient of the router's z-loss, a mean over layers and rows of log² of the sum of exp(scores)."""
     init_method_std: float = 0.02
     """Standard deviation of random weights; divided by sqrt(2 * layers) for residual projections."""
+    reward_head: Suppress[bool] = False
+    """The model is a reward model: its output layer gives one score for every position."""
+    scored_token_id: Suppress[int | None] = None
+    """Reward model: token after the text, at whose position the score is read; None: at the last token."""
 
     def __post_init__(self) -> None:
         # Canonical form: equal architectures compare equal, and `replace` of the heads keeps the ratio.
@@ -109,6 +113,8 @@ class ModelConfig:
             object.__setattr__(self, "num_query_groups", None)
         if self.kv_channels is not None and self.kv_channels * self.num_attention_heads == self.hidden_size:
             object.__setattr__(self, "kv_channels", None)
+        if self.reward_head:  # no output layer that could be tied
+            object.__setattr__(self, "tie_embeddings", False)
 
     def same_function(self, other: "ModelConfig") -> bool:
         """True if two models differ at most in fields that only training reads."""
@@ -325,6 +331,9 @@ class DataConfig:
     """Hugging Face data sets: special tokens in the text become their ids, as in tools/preprocess_data.py."""
     strict: bool = False
     """Hugging Face data sets: stop at a row that gives no document."""
+    reward_token_id: int | None = None
+    """Stage rm: token that is put after every conversation, and at whose position the score is read (92527
+    for InternLM2, as in its published reward models); None: the score is read at the last token."""
     is_instruction_dataset: bool = False
     """Assert that all data are instruction data, which are detected in any case."""
     data_cache_path: str | None = None
@@ -476,9 +485,9 @@ REFERENCE_LOSSES = ("dpo", "ipo", "kto")
 class PreferenceConfig:
     """Training on pairs of a chosen and a rejected answer."""
 
-    stage: Literal["pretrain", "sft", "dpo"] | None = None
+    stage: Literal["pretrain", "sft", "dpo", "rm"] | None = None
     """Stage of the training: pretrain and sft predict the next token; dpo trains on preference pairs by
-    --loss. None: pretrain or sft, by the data."""
+    --loss; rm trains a reward model on preference pairs. None: pretrain or sft, by the data."""
     loss: Literal["dpo", "ipo", "orpo", "simpo", "kto"] = "dpo"
     """Loss of --stage dpo. dpo, ipo and kto compare with a reference: the weights of --load, or for LoRA the
     weights without adapters; orpo and simpo do not."""
@@ -500,7 +509,12 @@ class PreferenceConfig:
     @property
     def trains_on_pairs(self) -> bool:
         """True if the data are preference pairs."""
-        return self.stage == "dpo"
+        return self.stage in ("dpo", "rm")
+
+    @property
+    def trains_reward_model(self) -> bool:
+        """True if the model gets a scalar head."""
+        return self.stage == "rm"
 
     @property
     def needs_reference(self) -> bool:

@@ -22,6 +22,7 @@ from ascendspeed.conversion.hf_assets import with_tokenizer
 from ascendspeed.conversion.output_files import write_json
 from ascendspeed.conversion.verify import compare
 from ascendspeed.utils.atomic import staged_folder
+from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import of_bytes, progress
 from ascendspeed.utils.text import parse_size
 
@@ -59,6 +60,8 @@ def convert(
     that it is the same model (`verify.verify`), leaves the report in `conversion.json` and returns it. Raises
     `UserError`, also if a tensor holds NaN and not `allow_nan`.
     """
+    if reader.config.reward_head and not isinstance(writer, HuggingFaceWriter):
+        raise UserError(f"{reader.path} holds a reward model, which only --format hf and hf-llama can hold")
     writer.check(reader)
     hf_assets.check(reader)
     files = writer.files(reader, dtype)

@@ -75,8 +75,13 @@ def _licence(folder: Path | None) -> str | None:
     return match[1] if match else None
 
 
-def what_loads(family: Family) -> list[str]:
+def what_loads(family: Family, is_reward_model: bool = False) -> list[str]:
     """Lines that say which programs load a Hugging Face directory with the names of a family."""
+    if is_reward_model:
+        return [
+            f"A reward model ({family.reward_architecture}): the score of a conversation is the output of "
+            f"{family.reward_param} at its last token."
+        ]
     if family.llama_names is None:
         return ["Loads in stock transformers, vLLM and others (AutoModelForCausalLM), and in this project."]
     return [
@@ -93,7 +98,8 @@ def text(reader: CheckpointReader, loads: Iterable[str]) -> str:
     count = sum(math.prod(p.shape) for p in param_mapping.parameters(config))
     licence = _licence(reader.assets_dir)
     stated = f"{licence}, as beside the source" if licence else "that of the base weights (none is stated)"
-    metadata = [*([f"license: {licence}"] if licence else []), "pipeline_tag: text-generation"]
+    task = "text-classification" if config.reward_head else "text-generation"
+    metadata = [*([f"license: {licence}"] if licence else []), f"pipeline_tag: {task}"]
     parts = [
         "\n".join(["---", *metadata, "---"]),
         f"# {reader.path.resolve().name}",

@@ -50,6 +50,8 @@ def compare_logits(
     Returns {"skipped": reason} if memory is short, transformers cannot load the model, or the weights are not
     finite. Raises `UserError` if the logits differ.
     """
+    if source.config.reward_head:
+        return {"skipped": "a reward model has scores"}
     small = _reduced(source.config)
     needed = 12 * estimates.parameter_count(small)
     free = _available_memory()

@@ -33,6 +33,8 @@ ADDED_FIELDS = {
     "rope_original_max_position_embeddings": None,
     "rope_low_freq_factor": 1.0,
     "rope_high_freq_factor": 4.0,
+    "reward_head": False,
+    "scored_token_id": None,
 }
 """Fields that are younger than recorded fingerprints -> their defaults, which do not count."""
 SAMPLED_PARTS = 8

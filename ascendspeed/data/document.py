@@ -40,6 +40,15 @@ class Document:
             Document(self.tokens[at:], self.loss_mask[at:]),
         ]
 
+    def ended_by(self, token: int) -> "Document":
+        """Returns a preference pair with a token behind either conversation, which is not supervised."""
+        parts = []
+        for part in self.parts():
+            assert part.loss_mask is not None
+            tokens = np.append(part.tokens, np.int32(token))
+            parts.append(Document(tokens, np.append(part.loss_mask, False)))
+        return Document.of_pair(*parts)
+
 
 @dataclass(frozen=True)
 class Fault:

@@ -267,6 +267,11 @@ def _tokenizer_notes(spec: EngineSpec, loaded: Tokenizer, config: ModelConfig) -
 
 def _check_expected_model(spec: EngineSpec, config: ModelConfig) -> None:
     """Compares the architecture flags with the checkpoint, for checkpoints without a config.json."""
+    if config.reward_head:
+        raise UserError(
+            f"{spec.args.load} holds a reward model, which scores conversations and writes no text; --load a "
+            "language model"
+        )
     expected = spec.expected_model
     if expected is None:
         return

@@ -13,14 +13,15 @@ from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.checkpoint.fragment import TrainState
 from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
-from ascendspeed.config.schema import LoraConfig, Run
+from ascendspeed.config.schema import LoraConfig, ModelConfig, Run
 from ascendspeed.conversion import weights_identity
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.conversion.formats.training_checkpoint import reading as training_checkpoint
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid
-from ascendspeed.models.param_mapping import random_tensors
+from ascendspeed.models.families.base import OUTPUT
+from ascendspeed.models.param_mapping import parameters, random_tensor, random_tensors
 from ascendspeed.training import input_record, lora_setup, save_dir
 from ascendspeed.utils.errors import UserError
 
@@ -111,10 +112,23 @@ def _from_random(run: Run, device: Device) -> Start:
     return Start(random_tensors(run.model, run.train.seed, device.torch))
 
 
+def _with_head(
+    run: Run, tensors: Iterable[tuple[str, Tensor]], source: ModelConfig
+) -> Iterable[tuple[str, Tensor]]:
+    """Weights of `source`, with a new scalar head for a run that makes a reward model of a language model."""
+    if not run.model.reward_head or source.reward_head:
+        return tensors
+    logger.info(f"reward model: its head is new, from seed {run.train.seed}")
+    head = next(parameter for parameter in parameters(run.model) if parameter.name == OUTPUT)
+    others = (named for named in tensors if named[0] != OUTPUT)
+    return chain(others, [(OUTPUT, random_tensor(run.model, head, run.train.seed))])
+
+
 def _from_weights(run: Run, reader: CheckpointReader, readers: Readers) -> Start:
     if not run.lora.lora_rank:
         fingerprint = weights_identity.sampled(reader) if run.preference.needs_reference else None
-        return Start(reader.tensors(), reference_fingerprint=fingerprint)
+        tensors = _with_head(run, reader.tensors(), reader.config)
+        return Start(tensors, reference_fingerprint=fingerprint)
     tensors, lora = lora_setup.start_adapters(run, reader, readers)
     return Start(tensors, lora=lora)
 
@@ -137,7 +151,7 @@ def _from_checkpoint(run: Run, checkpoint: Checkpoint, grid: ProcessGrid, reader
         logger.info(f"weights from {checkpoint.path}; optimizer and position start anew (--finetune)")
         needs_reader = run.lora.lora_rank or checkpoint.run.lora.lora_rank or run.preference.needs_reference
         if not needs_reader:
-            return Start(checkpoint.tensors())
+            return Start(_with_head(run, checkpoint.tensors(), checkpoint.config))
         return _from_weights(run, training_checkpoint.reader_of(checkpoint, open_reader, readers), readers)
     _log_resume(run, checkpoint, grid)
     return Start(None, checkpoint, reference_fingerprint=checkpoint.run.preference.reference_fingerprint)
@@ -148,7 +162,8 @@ def _check_stage(run: Run, checkpoint: Checkpoint) -> None:
     saved, settings = checkpoint.run.preference, run.preference
     if run.train.finetune:
         return
-    if saved.trains_on_pairs != settings.trains_on_pairs:
+    stages = [one.stage if one.trains_on_pairs else None for one in (saved, settings)]
+    if stages[0] != stages[1]:
         was = f"--stage {saved.stage}" if saved.trains_on_pairs else "next-token prediction"
         raise UserError(
             f"{checkpoint.path} is of a run of {was}: continue it with the same stage, or start a new run "
@@ -167,6 +182,8 @@ def _check_model(run: Run, checkpoint: Checkpoint) -> None:
     training reads may differ.
     """
     saved = checkpoint.config
+    if run.train.finetune and run.model.reward_head and not saved.reward_head:
+        saved = dataclasses.replace(saved, reward_head=True, scored_token_id=run.model.scored_token_id)
     if not saved.same_function(run.model):
         raise UserError(f"{checkpoint.path} holds another model than this run: {saved}, not {run.model}")
 

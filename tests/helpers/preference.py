@@ -20,6 +20,8 @@ from ascendspeed.config.schema import (
 )
 from ascendspeed.data import dataset
 from ascendspeed.data.indexed.masked_pair import PREFERENCE, MaskedPairWriter
+from ascendspeed.models import param_mapping
+from ascendspeed.models.families import read_config
 from helpers import launch, oracle
 from helpers.models import tensors_of
 
@@ -37,6 +39,7 @@ MODEL = ModelConfig(
 )
 PAIRS, GLOBAL_BATCH, ROW = 24, 4, 48
 STEPS = 20
+REWARD_TOKEN = 7
 LR = 2e-3
 
 Curve = list[list[float]]
@@ -220,6 +223,37 @@ def torch_curve(run: Run, steps: int, rows: list[dict[str, list[int]]]) -> Curve
     return curve
 
 
+def reward_curve(folder: Path, steps: int, token: int | None = None, swapped: bool = False) -> Curve:
+    """A plain loop over the backbone of Hugging Face's model with a linear head at the last token, which is
+    `token` if that is given; a conversation at a time."""
+    run = run_of(folder)
+    model_config = replace(read_config(folder / "hf" / "config.json"), reward_head=True)
+    rows = pairs_in_order(run, steps)
+    backbone = reference_model().model
+    head = torch.nn.Linear(MODEL.hidden_size, 1, bias=False)
+    parameter = next(p for p in param_mapping.parameters(model_config) if p.name == "output_layer.weight")
+    head.weight.data.copy_(param_mapping.random_tensor(model_config, parameter, run.train.seed))
+    model = torch.nn.ModuleList([backbone, head])
+    optimizer = adamw(model, run)
+    last = [] if token is None else [token]
+    names = ("rejected", "chosen") if swapped else ("chosen", "rejected")
+    curve = []
+    for step in range(steps):
+        scores = []
+        for row in rows[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]:
+            ids = [torch.tensor([row["prompt_ids"] + row[f"{name}_ids"] + last]) for name in names]
+            scores.append(torch.stack([head(backbone(i).last_hidden_state[0, -1])[0] for i in ids]))
+        chosen, rejected = torch.stack(scores).T
+        loss = -torch.sigmoid(chosen - rejected).log().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip_grad)
+        optimizer.step()
+        means = chosen.mean(), rejected.mean(), (chosen - rejected).mean(), (chosen > rejected).float().mean()
+        curve.append([loss.item(), norm.item(), *(float(mean) for mean in means)])
+    return curve
+
+
 def logprob(model: Any, row: dict[str, list[int]], name: str) -> torch.Tensor:
     """log p(answer | prompt)."""
     answer = torch.tensor(row[f"{name}_ids"])
@@ -237,7 +271,9 @@ def paper_loss(
     ratios = good - good_before, bad - bad_before
     average = good / sizes[0], bad / sizes[1]
     rewards = [float(beta * ratio) for ratio in ratios]
-    if settings.loss == "ipo":
+    if settings.loss == "dpo":
+        loss = -sigmoid(beta * (ratios[0] - ratios[1])).log()
+    elif settings.loss == "ipo":
         loss = (ratios[0] / sizes[0] - ratios[1] / sizes[1] - 1 / (2 * beta)) ** 2
     elif settings.loss == "kto":
         desirable = settings.kto_desirable_weight * (1 - sigmoid(beta * (ratios[0] - means[1])))

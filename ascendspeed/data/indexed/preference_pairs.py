@@ -35,9 +35,11 @@ class PreferencePairs(TokenDataset):
     has_loss_mask = True
     holds_pairs = True
 
-    def __init__(self, prefix: str, ids: str, labels: str) -> None:
-        """Raises `UserError` unless the files belong together and hold whole pairs."""
+    def __init__(self, prefix: str, ids: str, labels: str, last_token: int | None = None) -> None:
+        """`last_token` is put behind every conversation. Raises `UserError` unless the files belong together
+        and hold whole pairs."""
         self.prefix = prefix
+        self._last_token = last_token
         self._conversations = MaskedPair(prefix, ids, labels)
         lengths = self._conversations.lengths
         if len(lengths) % 2:
@@ -45,7 +47,7 @@ class PreferencePairs(TokenDataset):
                 f"{prefix}: {len(lengths):,} conversations are not pairs of a chosen and a rejected one; "
                 "preprocess again"
             )
-        self.lengths = lengths.reshape(-1, 2).sum(1)
+        self.lengths = lengths.reshape(-1, 2).sum(1) + (0 if last_token is None else 2)
         self.file_bounds = np.array([0, len(self.lengths)], np.int64)
 
     @classmethod
@@ -60,7 +62,7 @@ class PreferencePairs(TokenDataset):
 
     @classmethod
     def open(cls, path: str, data: DataConfig, vocab_size: int) -> Self:
-        dataset = cls(path, *existing_pairs(path, PREFERENCE))
+        dataset = cls(path, *existing_pairs(path, PREFERENCE), data.reward_token_id)
         check_max_token(path, cls.facts(path), dataset._conversations.tokens, vocab_size)
         return dataset
 
@@ -86,7 +88,8 @@ class PreferencePairs(TokenDataset):
 
     def document(self, number: int) -> Document:
         """Returns a pair. Raises `UserError` for damaged labels."""
-        return Document.of_pair(*(self._conversations.document(2 * number + which) for which in (0, 1)))
+        pair = Document.of_pair(*(self._conversations.document(2 * number + which) for which in (0, 1)))
+        return pair if self._last_token is None else pair.ended_by(self._last_token)
 
     def supervision(self, numbers: np.ndarray, length: int) -> Supervision:
         """Counts supervised tokens; 0 for a pair that does not fit into `length` or that lacks an answer."""

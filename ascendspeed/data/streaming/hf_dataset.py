@@ -42,6 +42,7 @@ class StreamedDataset(TokenDataset):
         handler = self.encoder.handler
         self.has_loss_mask = handler.has_loss_mask
         self.holds_pairs = handler.has_pairs
+        self._last_token = data.reward_token_id if self.holds_pairs else None
         if len(handler.keys) > 1:
             raise UserError(
                 f"--json-keys {' '.join(data.json_keys)}: one column is streamed; blend data sets by "
@@ -62,7 +63,8 @@ class StreamedDataset(TokenDataset):
         """Everything that decides which documents the rows give."""
 
     def _cache_key(self, files: Sequence[Path]) -> list[object]:
-        return [random_access.fingerprint(files), *self.encoder.identity]
+        last = [] if self._last_token is None else [f"reward token {self._last_token}"]
+        return [random_access.fingerprint(files), *self.encoder.identity, *last]
 
     @classmethod
     def match(cls, path: str) -> bool:
@@ -87,7 +89,10 @@ class StreamedDataset(TokenDataset):
         """Returns row -> document or fault, without blank lines, and the truncation of these rows."""
         batch = self.table.read(numbers, self.encoder.handler.columns)
         encoded = next(iter(self.encoder.encode(batch).values()))
-        return dict(zip(batch.locations, encoded.documents, strict=True)), encoded.truncated
+        documents = encoded.documents
+        if (token := self._last_token) is not None:
+            documents = [doc.ended_by(token) if isinstance(doc, Document) else doc for doc in documents]
+        return dict(zip(batch.locations, documents, strict=True)), encoded.truncated
 
     def __len__(self) -> int:
         """Number of rows."""

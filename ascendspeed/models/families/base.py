@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models.families import quantization_config
+from ascendspeed.models.families import quantization_config, reward_head
 from ascendspeed.models.families.gguf_names import GgufArchitecture
 from ascendspeed.models.families.rope_config import check_rope, read_rope, write_rope
 from ascendspeed.utils.errors import UserError
@@ -25,6 +25,7 @@ FIELD_TYPES: dict[str, Any] = {
 }
 """Type of every field of `ModelConfig`; fields that may be None are counts."""
 
+OUTPUT = "output_layer.weight"
 UNWRITTEN = ("moe_z_loss_coeff",)
 """Fields of `ModelConfig` for training that no config.json has; they are not written."""
 
@@ -92,6 +93,10 @@ class Family:
     """`architectures[0]` of config.json."""
     config_mappings: tuple[ConfigMapping, ...]
     param_mappings: tuple[ParamMapping, ...]
+    reward_architecture: str | None = None
+    """`architectures[0]` of a reward model's config.json; None: the family has no reward models."""
+    reward_param: str = "score.weight"
+    """Name of a reward model's head in the checkpoint."""
     presets: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Name of `--model` -> architecture."""
     required_values: Mapping[str, Any] = field(default_factory=dict)
@@ -142,7 +147,9 @@ class Family:
         has."""
         for mapping in self.param_mappings if mappings is None else mappings:
             negated = mapping.condition.startswith("!")
-            if not mapping.condition or bool(getattr(config, mapping.condition.lstrip("!"))) != negated:
+            if config.reward_head and mapping.megatron_param == OUTPUT:
+                yield ParamMapping(OUTPUT, (self.reward_param,))
+            elif not mapping.condition or bool(getattr(config, mapping.condition.lstrip("!"))) != negated:
                 yield mapping
 
     def read_config(self, config_json: Mapping[str, Any]) -> ModelConfig:
@@ -168,7 +175,8 @@ class Family:
                 values[name.lstrip("!")] = not value if name.startswith("!") else value
         check_layer_types(config_json)
         rope = read_rope(config_json, self.rope_default)
-        config = ModelConfig(family=self.name, **{**self.implicit_config, **values, **rope})
+        head = reward_head.read(config_json, self.reward_architecture)
+        config = ModelConfig(family=self.name, **{**self.implicit_config, **values, **rope, **head})
         check_heads(config)
         check_experts(config)
         check_rope(config)
@@ -207,6 +215,7 @@ class Family:
             value = getattr(config, name.lstrip("!"))
             config_json[mapping.hf_key] = not value if name.startswith("!") else value
         config_json |= write_rope(config, self.rope_spelling)
+        config_json |= reward_head.write(config, self.reward_architecture)
         read_back = self.read_config(config_json)
         written = (f for f in FIELD_TYPES if f not in ("family", *UNWRITTEN))
         lost = [f for f in written if getattr(read_back, f) != getattr(config, f)]
@@ -293,7 +302,7 @@ def param_shape(config: ModelConfig, mapping: ParamMapping) -> tuple[int, ...]:
     q, qkv = config.num_attention_heads * d, (config.num_attention_heads + 2 * config.kv_heads) * d
     shapes = {
         "word_embeddings.weight": (config.vocab_size, h),
-        "output_layer.weight": (config.vocab_size, h),
+        OUTPUT: (1 if config.reward_head else config.vocab_size, h),
         "linear_qkv.weight": (qkv, h),
         "linear_qkv.bias": (qkv,),
         "linear_proj.weight": (h, q),

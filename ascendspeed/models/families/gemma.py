@@ -28,6 +28,7 @@ ONE_GROUP = replace(BASE, num_attention_heads=8, num_query_groups=1)
 GEMMA = Family(
     name="gemma",
     architecture="GemmaForCausalLM",
+    reward_architecture="GemmaForSequenceClassification",
     config_mappings=(
         *override_keys(CONFIG_MAPPINGS, max_position_embeddings=8192, tie_word_embeddings=True, head_dim=256),
         ConfigMapping("attention_bias", ("add_qkv_bias", "add_dense_bias"), False),

@@ -28,6 +28,8 @@ LARGE = replace(BASE, num_layers=48, hidden_size=6144, ffn_hidden_size=16384, nu
 INTERNLM2 = Family(
     name="internlm2",
     architecture="InternLM2ForCausalLM",
+    reward_architecture="InternLM2ForRewardModel",
+    reward_param="v_head.weight",
     config_mappings=(
         *override_keys(CONFIG_MAPPINGS, without=("head_dim",)),
         ConfigMapping("bias", ("add_qkv_bias", "add_dense_bias"), True),

@@ -79,6 +79,7 @@ B13: dict[str, Any] = {
 LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
+    reward_architecture="LlamaForSequenceClassification",
     config_mappings=(
         *CONFIG_MAPPINGS,
         ConfigMapping("attention_bias", ("add_qkv_bias", "add_dense_bias"), False),

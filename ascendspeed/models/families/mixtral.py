@@ -34,6 +34,7 @@ BASE = ModelConfig(  # the 8x7B
 MIXTRAL = Family(
     name="mixtral",
     architecture="MixtralForCausalLM",
+    reward_architecture="MixtralForSequenceClassification",
     config_mappings=(
         *override_keys(
             CONFIG_MAPPINGS, num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5

@@ -24,6 +24,7 @@ BASE = ModelConfig(  # Qwen2-7B
 QWEN2 = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
+    reward_architecture="Qwen2ForSequenceClassification",
     config_mappings=override_keys(CONFIG_MAPPINGS, max_position_embeddings=32768),
     param_mappings=PARAM_MAPPINGS,
     implicit_config={"add_qkv_bias": True, "add_dense_bias": False},

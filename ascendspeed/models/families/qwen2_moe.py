@@ -34,6 +34,7 @@ BASE = ModelConfig(  # Qwen1.5-MoE-A2.7B
 QWEN2_MOE = Family(
     name="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
+    reward_architecture="Qwen2MoeForSequenceClassification",
     config_mappings=(
         *override_keys(
             CONFIG_MAPPINGS, without=["head_dim"], num_key_value_heads=16, max_position_embeddings=32768

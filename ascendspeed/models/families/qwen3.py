@@ -28,6 +28,7 @@ SMALL = replace(BASE, num_attention_heads=16, kv_channels=128, tie_embeddings=Tr
 QWEN3 = Family(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
+    reward_architecture="Qwen3ForSequenceClassification",
     config_mappings=override_keys(
         CONFIG_MAPPINGS, num_key_value_heads=32, head_dim=128, max_position_embeddings=32768
     ),

@@ -27,6 +27,7 @@ BASE = ModelConfig(  # Qwen3-30B-A3B
 QWEN3_MOE = Family(
     name="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
+    reward_architecture="Qwen3MoeForSequenceClassification",
     config_mappings=(
         *override_keys(CONFIG_MAPPINGS, num_key_value_heads=4, max_position_embeddings=32768),
         # The alias is the name in transformers 5.

@@ -14,6 +14,7 @@ from ascendspeed.models import param_mapping
 from ascendspeed.models.gpt.cross_entropy import cross_entropy
 from ascendspeed.models.gpt.layer_spec import GPTConfig, NormHead, block_spec
 from ascendspeed.models.gpt.linear import ColumnLinear, InferenceLinear
+from ascendspeed.models.gpt.reward_head import RewardHead
 from ascendspeed.models.lora import layers as adapters
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
@@ -34,11 +35,16 @@ class GPTLanguageModel(GPTModel):
         super().__init__(config, *args, **kwargs)
         if self.pre_process and config.scale_embeddings:
             self.embedding.register_forward_hook(_Scale(config.hidden_size**0.5, config.params_dtype))
-        if self.post_process:  # megatron-core has no setting for the class of this layer
+        if self.post_process and config.reward_head:
+            self.output_layer = RewardHead(config)
+        elif self.post_process:  # megatron-core has no setting for the class of this layer
             self.output_layer.__class__ = NormHead if config.normalize_head else ColumnLinear
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [b, s], logits [s, b, V / TP] -> [b, s]."""
+        """labels [b, s], logits [s, b, V / TP] -> [b, s]. A reward model's scores take the place of
+        losses."""
+        if self.config.reward_head:
+            return logits.squeeze(-1).t()
         return cross_entropy(logits, labels.t(), self.pg_collection.tp, self.config.loss_terms).t()
 
 
@@ -69,7 +75,7 @@ def build_model(
         share_embeddings_and_output_weights=model.tie_embeddings,
         vp_stage=virtual_stage,
     )
-    if gpt.post_process and padded > model.vocab_size:
+    if gpt.post_process and padded > model.vocab_size and not model.reward_head:
         first = parallel_state.get_tensor_model_parallel_rank() * (
             padded // parallel.tensor_model_parallel_size
         )

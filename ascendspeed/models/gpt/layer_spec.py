@@ -42,6 +42,7 @@ class GPTConfig(TransformerConfig):
     add_mlp_bias: bool = False
     scale_embeddings: bool = False
     normalize_head: bool = False
+    reward_head: bool = False
 
 
 class RMSNorm(torch.nn.Module):
@@ -158,6 +159,7 @@ def transformer_config(
         layernorm_zero_centered_gamma=model.zero_centered_norm,
         scale_embeddings=model.scale_embeddings,
         normalize_head=model.normalize_head,
+        reward_head=model.reward_head,
         attention_dropout=train.attention_dropout,
         hidden_dropout=train.hidden_dropout,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

@@ -1,6 +1,7 @@
 """Objectives: the loss of a micro-batch, and what a run counts, behind one interface for both engines.
 
-`language_modelling` is the mean over supervised tokens; `preference` has the losses over pairs of answers.
+`language_modelling` is the mean over supervised tokens; `preference` has the losses over pairs of answers,
+`reward_modelling` that of a reward model.
 """
 
 from collections.abc import Sequence
@@ -49,12 +50,17 @@ class Objective(Protocol):
         Collective."""
 
     def sums(self, losses: Tensor, batch: Batch, grid: ProcessGrid) -> LossSums:
-        """Sums over a micro-batch, of which `losses` [b, s] (minus the log-probability of every label) and
-        the tensors of `batch` are the positions of this context-parallel rank."""
+        """Sums over a micro-batch, of which `losses` [b, s] (minus the log-probability of every label, or the
+        scores of a reward model) and the tensors of `batch` are the positions of this context-parallel
+        rank."""
 
 
 def create(run: Run) -> Objective:
     """Creates the objective of --stage."""
+    if run.preference.trains_reward_model:
+        from ascendspeed.training.objectives.reward_modelling import RewardModelling
+
+        return RewardModelling()
     if run.preference.trains_on_pairs:
         from ascendspeed.training.objectives.preference import PreferenceObjective
 

@@ -17,7 +17,7 @@ from ascendspeed.config.schema import PreferenceConfig
 from ascendspeed.data.batch import Batch
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.training.objectives import LossSums, Scorer
-from ascendspeed.training.objectives.answers import answer_logprobs
+from ascendspeed.training.objectives.answers import PAIR_METRICS, answer_logprobs, pair_report
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _log1mexp(x: Tensor) -> Tensor:
 class PreferenceObjective:
     """Implements `objectives.Objective` for --stage dpo."""
 
-    metrics = ("chosen_reward", "rejected_reward", "reward_margin", "reward_accuracy")
+    metrics = PAIR_METRICS
 
     def __init__(self, settings: PreferenceConfig, has_adapters: bool) -> None:
         self._settings = settings
@@ -155,13 +155,4 @@ class PreferenceObjective:
             for which in (0, 1)
         )
         loss, *rewards = self._loss(self._settings, chosen, rejected)
-        chosen_rewards, rejected_rewards = (reward.detach() for reward in rewards)
-        rows = (
-            loss.detach(),
-            chosen_rewards,
-            rejected_rewards,
-            chosen_rewards - rejected_rewards,
-            (chosen_rewards > rejected_rewards).float(),
-        )
-        # Context-parallel ranks have the sums over whole answers: one of them reports.
-        return LossSums(loss.sum(), torch.stack([row.sum() for row in rows]) * (grid.cp_rank == 0))
+        return pair_report(loss, *rewards, grid)

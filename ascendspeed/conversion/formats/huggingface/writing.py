@@ -82,7 +82,8 @@ class HuggingFaceWriter:
         hf_assets.write(
             reader, folder, self._config(reader), dtype, for_transformers=True, copy_code=self.copy_code
         )
-        card = model_card.text(reader, model_card.what_loads(FAMILIES[self._config(reader).family]))
+        loads = model_card.what_loads(FAMILIES[self._config(reader).family], reader.config.reward_head)
+        card = model_card.text(reader, loads)
         (folder / model_card.FILE).write_text(card, encoding="utf-8")
 
     def stored_specs(self, file: PlannedFile, reader: CheckpointReader, dtype: torch.dtype | None) -> Specs:

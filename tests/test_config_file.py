@@ -188,6 +188,7 @@ def test_mindformers(write):
         ("a.yaml", "lr: 1\nlrr: 2\ntrain: {lr: 3}", "unknown: lrr, train.lr; sections are"),
         ("a.yaml", "lr: 1\nlr: 2", "'lr' stands twice"),
         ("a.yaml", "a: [", "line 1: not YAML"),
+        ("a.yaml", "lr: \0", r"a.yaml: not YAML: .*not allowed$"),
         ("a.yaml", "lr: {a: 1}", "lr is one value"),
         ("a.yaml", "lr: abc", "lr"),
         ("a.yaml", "- 1", "not a mapping"),

@@ -94,8 +94,8 @@ def test_version(monkeypatch, capsys):
     [
         (["tran"], "no command 'tran' (perhaps train); choose train, data"),
         (["--completion", "fish"], "choose bash, zsh, tcsh"),
-        (["train", "--nproc", "0"], "--nproc 0: the number of processes"),
-        (["serve", "--nproc"], "--nproc : the number of processes"),
+        (["train", "--nproc", "0"], "--nproc 0: give the number of processes"),
+        (["serve", "--nproc"], "--nproc: give the number of processes"),
     ],
 )
 def test_mistakes(monkeypatch, words, message):

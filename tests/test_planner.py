@@ -57,9 +57,22 @@ def test_invalid_options():
         (["--deepspeed", "--zero-offload", "cpu"], "planner counts the memory of devices"),
         (["--deepspeed", "--deepspeed_config", "x.json"], "leave the file out"),
         (["--tp", "3", "--devices", "3"], "do not split over 3"),
+        (["--load", "absent"], "--load absent: no such folder, so the architecture is unknown"),
+        (["--load", str(launch.ROOT / "docs")], "docs: no config.json or run.json"),
+        (["--model", "absent"], "unknown model 'absent'; there are"),  # nothing is near
+        (["--model", "intern2-7b"], r"'intern2-7b' \(did you mean internlm2-7b\?\); there are"),
     ):
         with pytest.raises(UserError, match=text):
             command.resolve(words)
+
+
+def test_the_default_architecture_is_named():
+    """A plan of nothing in particular says whose it is; a --load that is not there yet needs --model."""
+    note = "neither --model nor --load is given: the plan is for internlm-7b"
+    assert note in command.resolve([])[2]
+    tiny = ["--model", "internlm-tiny"]
+    for words in (tiny, ["--num-layers", "2"], [*tiny, "--load", "absent"]):
+        assert note not in command.resolve(words)[2]
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ def test_a_mismatch_with_load_names_both_values(weights, words, message):
         (
             "--deepspeed --data-path x --model internlm-7c",
             1,
-            "unknown model 'internlm-7c'; did you mean internlm-7b",
+            r"unknown model 'internlm-7c' \(did you mean internlm-7b\?\)",
         ),
         ("--deepspeed --data-path x --lr fast", 1, "--lr: could not convert string to float: 'fast'"),
         ("--deepspeed --data-path x --zero-stage 4", 1, "invalid choice '4' for argument '--zero-stage'"),

@@ -172,7 +172,9 @@ def take_nproc(words: Sequence[str]) -> tuple[str | None, list[str]]:
         if not equals:
             value = queue.pop(0) if queue else ""
         if not value.isdigit() or int(value) < 1:
-            raise UserError(f"{flag} {value}: the number of processes on this node, at least 1")
+            raise UserError(
+                f"{f'{flag} {value}'.rstrip()}: give the number of processes on this node, at least 1"
+            )
         nproc = value
     return nproc, rest
 

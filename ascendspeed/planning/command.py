@@ -1,5 +1,6 @@
 """Command line of tools/plan.py: the flags of training, and those of the plan."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -11,10 +12,13 @@ from tyro.conf import FlagCreatePairsOff
 from ascendspeed.cli import command, parser
 from ascendspeed.cli.command import CommandLine
 from ascendspeed.cli.compat import TRAIN
-from ascendspeed.cli.train_args import TrainCommand, resolve_line
-from ascendspeed.config.schema import Run
+from ascendspeed.cli.train_args import DEFAULT_MODEL, TrainCommand, find_model, resolve_line
+from ascendspeed.config.schema import ModelConfig, Run
 from ascendspeed.planning.device_table import rates_of
 from ascendspeed.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+MODEL_FIELDS = frozenset(f.name for f in fields(ModelConfig))
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,14 @@ def resolve(args: Sequence[str]) -> tuple[PlanOptions, Run, list[str]]:
     _check(plan)
     run, notes = resolve_line(line, plan.devices)
     check_supported(run)
-    return plan, run, notes
+    return plan, run, [*_default_note(line), *notes]
 
 
 def resolve_base(args: Sequence[str]) -> tuple[Run, frozenset[str]]:
     """Returns the run that `args` describe for any number of devices, and the fields that they set."""
     line = _parse(args)
+    for note in _default_note(line):
+        logger.info(f"note: {note}")
     run, _ = resolve_line(line, None)
     check_supported(run)
     return run, line.typed
@@ -81,9 +87,27 @@ def _parse(args: Sequence[str]) -> CommandLine[PlanCommand]:
     if options.preset.model and Path(options.preset.model).is_dir():
         folder = replace(options.train, load=options.preset.model)
         options = replace(options, preset=replace(options.preset, model=None), train=folder)
+    _check_load(options.preset.model, options.train.load)
     if not options.data.data_path:  # a plan needs no data
         options = replace(options, data=replace(options.data, data_path=("unused",)))
     return replace(line, options=options)
+
+
+def _check_load(name: str | None, load: str | None) -> None:
+    """Raises `UserError` if the architecture would be that of --load, which holds none: the default would be
+    planned in its place."""
+    if not name and load and find_model(load) is None:
+        reason = (
+            "no config.json or run.json of an intact checkpoint" if Path(load).is_dir() else "no such folder"
+        )
+        raise UserError(f"--load {load}: {reason}, so the architecture is unknown; give --model NAME")
+
+
+def _default_note(line: CommandLine[PlanCommand]) -> list[str]:
+    """Names the architecture if nothing on the command line does."""
+    options = line.options
+    is_given = options.preset.model or options.train.load or MODEL_FIELDS & line.typed
+    return [] if is_given else [f"neither --model nor --load is given: the plan is for {DEFAULT_MODEL}"]
 
 
 def options_of(args: Sequence[str]) -> PlanOptions:

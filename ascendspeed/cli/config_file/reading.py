@@ -154,7 +154,8 @@ def _read_yaml(text: str, path: str) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        first_line = str(error).partition("\n")[0]  # the next ones repeat where
+        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or first_line}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a mapping of settings")
     return values

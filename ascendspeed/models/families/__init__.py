@@ -56,10 +56,11 @@ def chat_template_beside(folder: Path) -> str | None:
 
 
 def preset(name: str) -> ModelConfig:
-    """Returns the architecture of `--model NAME`. Raises `UserError` with the nearest name and all names."""
+    """Returns the architecture of `--model NAME`. Raises `UserError` with all names and a near one."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1, 0)
-        raise UserError(f"unknown model {name!r}; did you mean {near[0]}? There are: {', '.join(PRESETS)}")
+        near = difflib.get_close_matches(name, PRESETS, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"unknown model {name!r}{hint}; there are: {', '.join(PRESETS)}")
     return PRESETS[name]
 
 

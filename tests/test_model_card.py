@@ -1,5 +1,6 @@
 """Model cards: what a training checkpoint records reaches every export."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -70,3 +71,14 @@ def test_adapters_have_a_card(tmp_path):
     peft.write(LoraAdapter(tmp_path, {}, settings, training_notes="- Data: d"), tmp_path / "adapter")
     assert model_card.recorded_section(tmp_path / "adapter") == "- Data: d"
     assert (tmp_path / "adapter" / "README.md").read_text().startswith("---\nlibrary_name: peft\n")
+
+
+def test_megatron_is_imported_without_its_warnings(tmp_path):
+    """The facts of the data need Megatron-core, whose warnings about absent packages every export printed."""
+    text = "Transformer Engine and Apex are not installed"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        warnings.warn(text, stacklevel=1)  # control
+        assert model_card._data((str(tmp_path / "absent"),)) == [f"{tmp_path}/absent (no digest recorded)"]
+        warnings.warn(text, stacklevel=1)
+    assert [str(warning.message) for warning in caught].count(text) == 1

@@ -41,7 +41,10 @@ def training_section(checkpoint: Checkpoint) -> str:
 
 def _data(data_path: tuple[str, ...]) -> list[str]:
     """Every data set with its weight and the digest that preprocessing recorded."""
-    from ascendspeed.data.dataset import dataset_facts, parse_blend  # few conversions need it
+    from ascendspeed.distributed import device  # few conversions need it, and Megatron-core
+
+    device.suppress_megatron_warnings()
+    from ascendspeed.data.dataset import dataset_facts, parse_blend
 
     lines = []
     for weight, path in parse_blend(data_path) if data_path else ():

@@ -192,7 +192,9 @@ def _load_with_transformers(folder: str) -> torch.nn.Module:
     model.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # the comparison of bytes has one
     try:
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False

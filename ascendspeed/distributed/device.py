@@ -97,6 +97,12 @@ class Device:
             getattr(torch, self.kind).empty_cache()
 
 
+def suppress_megatron_warnings() -> None:
+    """Ignores what Megatron-core warns about; before it is imported where no device is prepared."""
+    for text in MEGATRON_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{text}")
+
+
 def prepare(choice: str = "auto", backend: str = "auto", deterministic: bool = False) -> Device:
     """Chooses the device and adapts torch to it; once per process, before megatron.core is imported.
 
@@ -105,8 +111,7 @@ def prepare(choice: str = "auto", backend: str = "auto", deterministic: bool = F
     """
     if deterministic:
         _make_deterministic()
-    for text in MEGATRON_WARNINGS:
-        warnings.filterwarnings("ignore", message=f".*{text}")
+    suppress_megatron_warnings()
     kind = _choose(choice)
     index = 0 if kind == "cpu" else int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "npu":

@@ -98,6 +98,9 @@ def _hash_weights(run: Run, generator: str) -> str:
 
 
 def _hash_data(run: Run) -> str:
+    from ascendspeed.distributed import device
+
+    device.suppress_megatron_warnings()
     from ascendspeed.data.dataset import dataset_files, parse_blend
 
     sha = hashlib.sha256()

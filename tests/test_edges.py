@@ -110,6 +110,24 @@ def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["secret", "table"]
 
 
+def test_a_device_is_not_replaced_by_a_file(tmp_path, monkeypatch):
+    """As root, --output /dev/full removed the device of the machine."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "stdout").write_text("kept")  # /dev/stdout leads to a file if stdout is redirected
+    monkeypatch.setattr(os, "devnull", str(tmp_path / "dev" / "null"))
+    for path in (tmp_path / "pipe", tmp_path / "dev" / "stdout"):
+        with pytest.raises(UserError, match=f"{path} cannot be written: it is a device or pipe, not a file"):
+            atomic.write_file(path, "new")
+        with pytest.raises(OSError, match="a device or pipe"), atomic.open_atomic(path):
+            pass
+        with pytest.raises(OSError, match="a device or pipe"):
+            atomic.stage_file(path, "new")
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "dev" / "stdout").read_text() == "kept"
+    assert sorted(os.listdir(tmp_path)) == ["dev", "pipe"]
+
+
 COMMANDS = {
     "tasks/inference/generate.py": (inference_args.resolve, "--prompt", "--load", "--num-layers"),
     "tasks/evaluation/evaluation.py": (evaluation_args.resolve, "--task", "--load", "--num-layers"),

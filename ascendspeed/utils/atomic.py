@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +94,7 @@ def open_atomic(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     `shared`: other processes may write the same path at the same time; each then has a temporary file of its
     own.
     """
+    _refuse_device(path)
     temporary = _temporary(path, shared)
     try:
         with _create(temporary) as file:
@@ -110,6 +112,7 @@ def stage_file(path: Path, content: str | bytes) -> Callable[[], None]:
 
     Raises `OSError`.
     """
+    _refuse_device(path)
     temporary = _temporary(path)
     with _create(temporary) as file:
         file.write(_encoded(content))
@@ -140,6 +143,16 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be deleted: {error.strerror}") from error
+
+
+def _refuse_device(path: Path) -> None:
+    """Raises `OSError` for a device, pipe or socket, or a name in /dev such as /dev/stdout: the rename would
+    put a file in its place, for all programs of the machine."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.stat().st_mode
+        is_file = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+        if not is_file or path.parent.resolve() == Path(os.devnull).parent:
+            raise OSError(errno.EINVAL, "it is a device or pipe, not a file", str(path))
 
 
 def _temporary(path: Path, shared: bool = False) -> Path:

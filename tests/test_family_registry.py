@@ -96,6 +96,9 @@ def test_control_without_the_entry_nothing_knows_it(tmp_path):
         resolve(["--deepspeed", "--data-path", "data", "--model", "toy-tiny"], 1)
     with pytest.raises(UserError, match="model_type 'toy' is not supported"):
         families.family_of({"model_type": "toy"})
+    (tmp_path / "config.json").write_text('{"model_type": []}')
+    with pytest.raises(UserError, match=rf"^{tmp_path}: config.json: model_type \[\] is not supported"):
+        families.read_config(tmp_path / "config.json")
     assert "toy" not in registry.support_table()[0]
 
 

@@ -66,6 +66,13 @@ def test_invalid_options():
             command.resolve(words)
 
 
+def test_adapters_are_no_model(tmp_path):
+    """Training and the plan refuse them before a model of the default size is built."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"holds adapters of peft .* --lora-load {tmp_path}"):
+        command.resolve(["--load", str(tmp_path)])
+
+
 def test_the_default_architecture_is_named():
     """A plan of nothing in particular says whose it is; a --load that is not there yet needs --model."""
     note = "neither --model nor --load is given: the plan is for internlm-7b"

@@ -26,6 +26,7 @@ from ascendspeed.utils.text import shorten_list
 DEFAULT_MODEL = "internlm-7b"
 SECTIONS = ("model", "parallel", "optim", "data", "train", "lora")
 """Sections of a run that flags set."""
+ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
@@ -290,6 +291,11 @@ def find_model(load: str) -> ModelConfig | None:
     folder = Path(load)
     if (folder / "config.json").is_file():
         return families.read_config(folder / "config.json")
+    if (folder / ADAPTER_CONFIG).is_file():  # or the default model would be built before they are opened
+        raise UserError(
+            f"--load {load} holds adapters of peft ({ADAPTER_CONFIG}), not a model: --load BASE --lora-load "
+            f"{load} continues them, tools/lora/merge_lora.py merges them into their base weights"
+        )
     steps = [folder, *sorted(folder.glob("step_*"), reverse=True)]
     with contextlib.suppress(OSError):
         steps.insert(0, folder / (folder / "latest").read_text().strip())

@@ -75,10 +75,13 @@ def family_of(config_json: Mapping[str, Any]) -> Family:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Returns the architecture in a config.json. Raises `UserError` for an unreadable file or an unknown
-    family."""
+    """Returns the architecture in a config.json. Raises `UserError`, with the folder, for an unreadable file
+    or an unknown family."""
     config_json = read_json_object(path)
-    return family_of(config_json).read_config(config_json)
+    try:
+        return family_of(config_json).read_config(config_json)
+    except UserError as error:
+        raise UserError(f"{path.parent}: {error}") from None
 
 
 __all__ = [

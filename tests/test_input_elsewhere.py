@@ -1,5 +1,9 @@
 """Text that is no UTF-8, damaged, or ambiguous is named by evaluation and generation as by preprocessing."""
 
+import bz2
+import gzip
+import lzma
+
 import pytest
 
 from ascendspeed.evaluation.readers import csv_rows, json_rows
@@ -22,9 +26,10 @@ def read_stdin(path):
     return prompts.prompts_from_text(path.read_bytes(), "stdin")
 
 
-@pytest.mark.parametrize(
-    "read", [read_csv, read_json, read_stdin, lambda path: prompts.prompts_from_file(str(path))]
-)
+READERS = [read_csv, read_json, read_stdin, lambda path: prompts.prompts_from_file(str(path))]
+
+
+@pytest.mark.parametrize("read", READERS)
 def test_utf16_and_pointers(tmp_path, read):
     path = tmp_path / "a"
     path.write_bytes(UTF16)
@@ -34,6 +39,20 @@ def test_utf16_and_pointers(tmp_path, read):
         path.write_bytes(LFS_POINTER + b"v1\n")
         with pytest.raises(UserError, match="is a Git LFS pointer"):
             read(path)
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_compressed_text(tmp_path, read):
+    path = tmp_path / "a"
+    packed = {"gzip": gzip.compress(b"{}"), "xz": lzma.compress(b"{}"), "bzip2": bz2.compress(b"{}")}
+    for program, data in packed.items():
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=f"is compressed, and .*: {program} -d unpacks it"):
+            read(path)
+    path.write_bytes(b"\x28\xb5\x2f\xfd\x04\x00\x19")
+    with pytest.raises(UserError, match="zstd -d"):
+        read(path)
+    assert prompts.prompts_from_text(b"BZh", "stdin")[0].text == "BZh"  # a text may begin so
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Page and terminal report of a comparison: provenance, speed, folded settings, meaning of the figures."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from helpers.loss_curves import CURVE, example_run, write_run
@@ -54,6 +54,9 @@ def test_terminal_report_explains_every_figure(comparison):
         (line,) = [line for line in figures if line[2:].startswith(f"{name.replace('_', ' '):19} ")]
         assert len(line) <= 100
         assert line[34:].strip(), line
+    note = "note: reference and candidate are the same file"  # and so pass whatever they hold
+    assert note not in lines
+    assert note in report.as_text(replace(comparison, cand=comparison.ref))
 
 
 def test_settings_that_differ_name_other_inputs(tmp_path):

@@ -17,6 +17,7 @@ from ascendspeed.utils.safe_io import (
     HEAD_BYTES,
     parse_json,
     refuse_carriage_returns,
+    refuse_compressed,
     refuse_lfs_pointer,
     refuse_utf16,
 )
@@ -89,6 +90,7 @@ def prompts_from_file(path: str) -> list[InputPrompt]:
 
 def prompts_from_json_lines(data: bytes, where: str) -> list[InputPrompt]:
     """Parses JSON lines; empty lines are skipped but counted. Raises `UserError`."""
+    refuse_compressed(where, data[:HEAD_BYTES])
     refuse_utf16(where, data[:HEAD_BYTES])
     refuse_carriage_returns(where, [data])
     lines = data.removeprefix(BOM_UTF8).split(b"\n")
@@ -102,6 +104,7 @@ def prompts_from_json_lines(data: bytes, where: str) -> list[InputPrompt]:
 
 def prompts_from_text(data: bytes, where: str) -> list[InputPrompt]:
     """Parses plain text with a prompt per line. Raises `UserError`."""
+    refuse_compressed(where, data[:HEAD_BYTES])
     refuse_utf16(where, data[:HEAD_BYTES])
     refuse_carriage_returns(where, [data])
     if b"\0" in data:

@@ -9,6 +9,7 @@ from ascendspeed.loss_compare import console_logs, record_logs
 from ascendspeed.loss_compare.curve import LossCurve
 from ascendspeed.utils import safe_io
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import HEAD_BYTES, refuse_compressed
 
 EVENTS = "*tfevents*"
 FILE_NAMES = ("train.log", "trainer_state.json", "trainer_log.jsonl", "logging.jsonl")
@@ -66,8 +67,9 @@ def _parse(path: Path) -> LossCurve:
         return tensorboard.read_events(path)
     try:
         with open(path, "rb") as file:
-            start = file.read(2)
-        if start in UTF16:
+            head = file.read(HEAD_BYTES)
+        refuse_compressed(path, head)
+        if head[:2] in UTF16:
             raise UserError(
                 f"{path} is UTF-16, as PowerShell's `>` writes it: iconv -f UTF-16 -t UTF-8 makes it readable"
             )

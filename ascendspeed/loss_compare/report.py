@@ -91,6 +91,8 @@ def as_text(comparison: Comparison) -> list[str]:
     lines.append(
         f"origin     {same_origin if comparison.origin else 'not known: no origin.json beside the logs'}"
     )
+    if comparison.is_same_log:
+        lines.append("note: reference and candidate are the same file")
     noise = asdict(comparison.noise_metrics) if comparison.noise_metrics else {}
     definitions = metric_definitions()
     lines.append(_meaning()[-1])

@@ -21,6 +21,13 @@ HEAD_BYTES = 4096
 MIN_NULS = 0.3
 """Share of NULs among the bytes of UTF-16, from which on text without a byte order mark counts as such: three
 of five characters are ASCII."""
+COMPRESSED = {
+    "gzip": rb"\x1f\x8b",
+    "zstd": rb"\x28\xb5\x2f\xfd",
+    "xz": rb"\xfd7zXZ\0",
+    "bzip2": rb"BZh[1-9]1AY&SY",
+}
+"""Program that unpacks a file, and its first bytes."""
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -54,10 +61,14 @@ def checked_file(path: str | Path, root: str | Path | None = None) -> Path:
 
 
 def checked_text(path: str | Path) -> Path:
-    """Returns the path of a text file as `checked_file` does. Raises `UserError` also for UTF-16."""
+    """Returns the path of a text file as `checked_file` does. Raises `UserError` also for UTF-16 and for
+    compressed text.
+    """
     path = checked_file(path)
     with open(path, "rb") as file:
-        refuse_utf16(path, file.read(HEAD_BYTES))
+        head = file.read(HEAD_BYTES)
+    refuse_compressed(path, head)
+    refuse_utf16(path, head)
     return path
 
 
@@ -67,6 +78,13 @@ def refuse_lfs_pointer(path: str | Path, head: bytes) -> None:
         raise UserError(
             f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its repository"
         )
+
+
+def refuse_compressed(path: str | Path, head: bytes) -> None:
+    """Raises `UserError` if `head`, the first bytes of a text file, are those of a compressed one."""
+    for program, magic in COMPRESSED.items():
+        if re.match(magic, head):
+            raise UserError(f"{path} is compressed, and plain text is read here: {program} -d unpacks it")
 
 
 def refuse_utf16(path: str | Path, head: bytes) -> None:

@@ -6,7 +6,7 @@ import lzma
 
 import pytest
 
-from ascendspeed.evaluation.readers import csv_rows, json_rows
+from ascendspeed.evaluation.readers import check_dataset_files, csv_rows, json_rows
 from ascendspeed.inference import prompts
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import LFS_POINTER
@@ -53,6 +53,23 @@ def test_compressed_text(tmp_path, read):
     with pytest.raises(UserError, match="zstd -d"):
         read(path)
     assert prompts.prompts_from_text(b"BZh", "stdin")[0].text == "BZh"  # a text may begin so
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("test.jsonl", UTF16, "is UTF-16"),
+        ("a/test-00000-of-00001.parquet", LFS_POINTER, "is a Git LFS pointer"),
+    ],
+)
+def test_files_of_a_dataset_of_the_hub(tmp_path, name, data, message):
+    """They are named before `datasets` calls the whole dataset invalid."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{tmp_path / name} {message}"):
+        check_dataset_files(tmp_path)
+    (tmp_path / name).write_bytes(b'{"text": "x"}\n')
+    check_dataset_files(tmp_path)
 
 
 @pytest.mark.parametrize(

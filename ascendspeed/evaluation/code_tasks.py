@@ -63,7 +63,7 @@ def load_code_task(
     try:
         rows = datasets.load_dataset(str(path), subset)
     except Exception as error:  # datasets raises anything
-        raise UserError(f"--task {name} with {folder}: {first_line(error)}") from error
+        raise UserError(f"--task {name} with {folder}: {first_line(error.__cause__ or error)}") from error
     if "test" not in rows:
         raise UserError(
             f"--task-data-path {folder}: {name} needs the split test; the files have "

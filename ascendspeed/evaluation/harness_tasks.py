@@ -10,6 +10,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
 from ascendspeed.evaluation.harness_index import PREFIX, definition_folders
+from ascendspeed.evaluation.readers import check_dataset_files
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import first_line, shorten_list
 
@@ -37,7 +38,8 @@ def load_tasks(name: str, folder: Path, num_fewshot: int | None) -> dict[str, Ta
             f"--task-data-path {folder}: {PREFIX}{name} needs the split {error}, which the files do not have"
         ) from error
     except Exception as error:  # datasets and the task's own code raise anything
-        raise UserError(f"--task {PREFIX}{name} with {folder}: {first_line(error)}") from error
+        reason = first_line(error.__cause__ or error)
+        raise UserError(f"--task {PREFIX}{name} with {folder}: {reason}") from error
     for task in tasks.values():
         _check_splits(name, folder, task)
         if num_fewshot is not None and task.get_config("num_fewshot") != 0:
@@ -105,6 +107,7 @@ def find_dataset(name: str, folder: Path, config: dict[str, Any], is_only: bool)
             f"--task-data-path {folder} has no folder {names[1]} with the dataset {repository}, which --task "
             f"{PREFIX}{name} needs"
         )
+    check_dataset_files(path)
     subset = config.get("dataset_name")
     if subset is None or _declares(path / "README.md", subset):
         return path, subset
@@ -114,7 +117,7 @@ def find_dataset(name: str, folder: Path, config: dict[str, Any], is_only: bool)
 def _declares(card: Path, subset: str) -> bool:
     """Returns whether the card of a dataset lists the files of a subset."""
     pattern = rf"^\s*-?\s*config_name:\s*[\"']?{re.escape(subset)}[\"']?\s*$"
-    return card.is_file() and bool(re.search(pattern, card.read_text("utf-8"), re.MULTILINE))
+    return card.is_file() and bool(re.search(pattern, card.read_text("utf-8", "replace"), re.MULTILINE))
 
 
 def _check_splits(name: str, folder: Path, task: ConfigurableTask) -> None:

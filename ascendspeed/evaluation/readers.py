@@ -10,8 +10,17 @@ from typing import Any
 
 from ascendspeed.data.readers.csv_text import CsvError, strict_rows
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.safe_io import checked_file, checked_text, parse_json
+from ascendspeed.utils.safe_io import (
+    HEAD_BYTES,
+    checked_file,
+    checked_text,
+    parse_json,
+    refuse_lfs_pointer,
+    refuse_utf16,
+)
 from ascendspeed.utils.text import first_line, shorten
+
+TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 
 
 def csv_rows(
@@ -117,6 +126,20 @@ def parquet_objects(
             raise UserError(f"{path} cannot be read: {first_line(error)}") from None
         for number, row in enumerate(rows):
             yield f"{path}: row {number}", row
+
+
+def check_dataset_files(folder: Path) -> None:
+    """Raises UserError for Git LFS pointers and UTF-16 below `folder`, which `datasets` would call invalid
+    without their name.
+    """
+    for path in sorted(folder.rglob("*")):
+        is_text = path.suffix in TEXT_SUFFIXES
+        if (is_text or path.suffix == ".parquet") and path.is_file():
+            with open(path, "rb") as file:
+                head = file.read(HEAD_BYTES)
+            refuse_lfs_pointer(path, head)
+            if is_text:
+                refuse_utf16(path, head)
 
 
 def _check_shards(paths: Sequence[Path]) -> None:

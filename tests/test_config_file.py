@@ -8,6 +8,7 @@ import yaml
 
 from ascendspeed.cli.config_file.literal_python import read_assignments
 from ascendspeed.cli.train_args import resolve
+from ascendspeed.config import batch_schedule
 from ascendspeed.config.schema import Run, to_dict
 from ascendspeed.inference.args import resolve as resolve_generation
 from ascendspeed.models import families
@@ -145,11 +146,22 @@ def test_internevo(write):
         ('"local:llm_ckpts"', '"boto3:s3://x"', "only local: paths"),
         ('"INTERNLM"', '"LLAMA2"', "choose one with --model"),
         ("adam_beta2_c=0", "adam_beta2_c=1 / 0", "is not a literal"),
+        ('rampup_batch_size=""', 'rampup_batch_size="4 2 100"', "counts samples of all ranks"),
+        ('skip_batches=""', 'skip_batches="7-3"', "'7-3' is not N or FIRST-LAST"),
     ],
 )
 def test_internevo_is_refused_by_name(write, old, new, message):
     with pytest.raises(UserError, match=message):
         internevo(write, "--global-batch-size", "32", old=old, new=new)
+
+
+def test_internevo_skips_the_same_batches(write):
+    """Numbers and ranges from 0 in both; the bounds of a range belong to it."""
+    words = ("--global-batch-size", "32")
+    run = internevo(write, *words, old='skip_batches=""', new='skip_batches="2-3,7"')
+    skipped = [number for number in range(10) if batch_schedule.is_skipped(run.train, number)]
+    assert skipped == [2, 3, 7]
+    assert internevo(write, *words).train.skip_batches is None
 
 
 def test_internevo_needs_the_global_batch(write):

@@ -174,8 +174,8 @@ def test_gemma_says_gelu_and_means_the_approximation_by_tanh():
         (QWEN2_7B | {"use_sliding_window": True}, "use_sliding_window = True"),
         (
             QWEN2_7B
-            | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
-            "'yarn'",
+            | {"rope_scaling": {"type": "su", "factor": 4.0, "original_max_position_embeddings": 32768}},
+            "'su'",
         ),
         (
             INTERNLM3_8B
@@ -354,7 +354,7 @@ def test_rope_scaling_is_written_with_two_entries():
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"mlp_bias": 1}, "mlp_bias = 1 is not a bool"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"type": "linear", "factor": -1}}, "-1"),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},

@@ -75,7 +75,7 @@ def test_the_trained_length_said_twice_in_rope_scaling(kind):
         assert read(values | {spelling: twice}) == read(values | {spelling: plain})
         with pytest.raises(
             UserError,
-            match="original_max_position_embeddings = 128 is supported for rope scaling 'llama3' only",
+            match="original_max_position_embeddings = 128 is supported for rope scaling 'llama3' and 'yarn'",
         ):
             read(values | {spelling: plain | {"original_max_position_embeddings": 128}})
 

@@ -320,7 +320,7 @@ def test_published_sizes():
         ("qwen2_moe", {"layer_types": ["sliding_attention", "full_attention"]}, "'sliding_attention'"),
         ("qwen2_moe", {"layer_types": 7}, "layer_types 7"),
         ("qwen2_moe", {"norm_topk_prob": 1}, "not a bool"),
-        ("qwen2_moe", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ("qwen2_moe", {"rope_scaling": {"type": "longrope", "factor": 4.0}}, "longrope"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(name, more, message):

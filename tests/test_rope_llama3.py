@@ -98,12 +98,12 @@ def test_config_json_is_read_and_written(key):
         ({"high_freq_factor": 1.0}, "rope_low_freq_factor 1.0 is not below rope_high_freq_factor 1.0"),
         ({"high_freq_factor": "4"}, "rope_scaling.high_freq_factor = '4' is not a positive number"),
         ({"original_max_position_embeddings": 8192.0}, "is not a whole number"),
-        ({"attention_factor": 2}, "rope setting rope_scaling.attention_factor = 2 is not supported"),
+        ({"attention_factor": 2}, "attention_factor = 2 is supported for rope scaling 'yarn' only"),
         (
             {"rope_type": "linear"},
-            "original_max_position_embeddings = 8192 and .*for rope scaling 'llama3' only",
+            "original_max_position_embeddings = 8192 and .*for rope scaling 'llama3' and 'yarn' only",
         ),
-        ({"rope_type": "default", "factor": None}, "is supported for rope scaling 'llama3' only"),
+        ({"rope_type": "default", "factor": None}, "is supported for rope scaling 'llama3' and 'yarn' only"),
     ],
 )
 def test_incomplete_and_contradictory_entries(changes, message):

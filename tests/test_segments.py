@@ -394,7 +394,7 @@ def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout
         torch.testing.assert_close(actual, right, rtol=0, atol=1e-5 if dropout else 1e-12)
 
 
-@pytest.mark.parametrize("scaling", ["none", "linear", "dynamic", "llama3"])
+@pytest.mark.parametrize("scaling", ["none", "linear", "dynamic", "llama3", "yarn"])
 def test_documents_are_turned_as_if_alone(cpu, scaling):
     """And the tables are made once for all layers."""
     from ascendspeed.models.gpt.packed_sequences import packed_sequences_of

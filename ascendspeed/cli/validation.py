@@ -33,7 +33,8 @@ RANGES: dict[str, dict[Rule, str]] = {
         "moe_shared_expert_intermediate_size rope_original_max_position_embeddings",
         BELOW_2_31: "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels vocab_size "
         "max_position_embeddings num_experts moe_ffn_hidden_size moe_shared_expert_intermediate_size",
-        POSITIVE: "norm_epsilon rotary_base rope_scaling_factor rope_low_freq_factor rope_high_freq_factor",
+        POSITIVE: "norm_epsilon rotary_base rope_scaling_factor rope_low_freq_factor rope_high_freq_factor "
+        "rope_beta_fast rope_beta_slow rope_attention_factor",
         NOT_NEGATIVE: "init_method_std moe_aux_loss_coeff moe_z_loss_coeff",
     },
     "parallel": {

@@ -55,17 +55,26 @@ class ModelConfig:
     """Epsilon of RMSNorm."""
     rotary_base: float = 10000.0
     """Base (theta) of the rotary embedding."""
-    rope_scaling_type: Literal["none", "linear", "dynamic", "llama3"] = "none"
+    rope_scaling_type: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"
     """Scaling of the rotary embedding: of all positions (linear), of the base beyond the trained length
-    (dynamic), or of low frequencies (llama3, of Llama 3.1 and later)."""
+    (dynamic), of low frequencies (llama3, of Llama 3.1 and later), or of low frequencies and of attention
+    (yarn)."""
     rope_scaling_factor: float = 1.0
     """Factor of the rope scaling."""
     rope_original_max_position_embeddings: int | None = None
-    """Type llama3: length L of the training before the scaling."""
+    """Types llama3 and yarn: length L of the training before the scaling."""
     rope_low_freq_factor: float = 1.0
     """Type llama3: wavelengths above L / this are scaled by the factor."""
     rope_high_freq_factor: float = 4.0
     """Type llama3: wavelengths below L / this are not scaled; those between are scaled in part."""
+    rope_beta_fast: float = 32.0
+    """Type yarn: frequencies that turn more than this often over L are not scaled."""
+    rope_beta_slow: float = 1.0
+    """Type yarn: frequencies that turn less than this often over L are scaled by the factor; those between
+    are scaled in part."""
+    rope_attention_factor: float | None = None
+    """Type yarn: factor of cos and sin, whose square multiplies the attention scores; None: 0.1 ln(factor) +
+    1."""
     add_qkv_bias: bool = True
     """Bias on the query, key and value projections (InternLM 7B and 65B have it)."""
     add_dense_bias: bool = True

@@ -33,6 +33,9 @@ ADDED_FIELDS = {
     "rope_original_max_position_embeddings": None,
     "rope_low_freq_factor": 1.0,
     "rope_high_freq_factor": 4.0,
+    "rope_beta_fast": 32.0,
+    "rope_beta_slow": 1.0,
+    "rope_attention_factor": None,
     "reward_head": False,
     "scored_token_id": None,
 }

@@ -186,7 +186,7 @@ class Session(ModelSession):
         """Logs once that a prompt with its answer is longer than the training context, and the
         consequence."""
         trained, kind = self.config.max_position_embeddings, self.config.rope_scaling_type
-        if tokens <= trained or self._warned_length or kind in ("linear", "llama3"):
+        if tokens <= trained or self._warned_length or kind in ("linear", "llama3", "yarn"):
             return
         self._warned_length = True
         if kind == "dynamic":

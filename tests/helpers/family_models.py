@@ -27,5 +27,7 @@ MODELS = {name: shrunk(model) for name, model in TINY.items()} | {
         rope_scaling_type="linear", rope_scaling_factor=4.0),
     "llama3.1": shrunk(TINY["llama"], rope_scaling_type="llama3", rope_scaling_factor=8.0,
         rope_original_max_position_embeddings=24, rope_high_freq_factor=3.0),
+    "qwen3-yarn": shrunk(TINY["qwen3"], rope_scaling_type="yarn", rope_scaling_factor=4.0,
+        rope_original_max_position_embeddings=12, rope_beta_fast=4.0),
     "qwen2-tied": shrunk(TINY["qwen2"], tie_embeddings=True),
 }  # fmt: skip

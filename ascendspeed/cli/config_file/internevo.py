@@ -65,6 +65,11 @@ def _micro_num(value: Any) -> dict[str, Any]:
     return {"_micro_num": value}
 
 
+RAMP = (
+    "it adds samples per rank after equal numbers of iterations; --rampup-batch-size START INCREMENT SAMPLES "
+    "counts samples of all ranks and adds after equal numbers of samples: give that, with --train-samples, "
+    "and leave this key out"
+)
 TOTAL = "set data.total_steps to this number; the schedule ends with the run"
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("JOB_NAME", "DO_ALERT", "monitor.*", "monitor", "alert_address"), ENGINE),
@@ -89,8 +94,8 @@ RULES: dict[str, Rule] = {
     "data.valid_every": lambda value: {"eval_interval": value} if value else {},
     "data.pack_sample_into_one": lambda value: {"packing": "internevo-whole" if value else "internevo-cut"},
     "data.total_steps": "train_iters",
-    "data.skip_batches": Only(("", None), "batches cannot be skipped"),
-    "data.rampup_batch_size": Only(("", None), "the batch size is constant"),
+    "data.skip_batches": lambda value: {"skip_batches": value} if value else {},
+    "data.rampup_batch_size": Only(("", None), RAMP),
     "data.min_length": "min_length",
     "data.train_folder": lambda value: {"data_path": (value,)} if value else {},
     "data.valid_folder": lambda value: {"valid_data_path": (value,)} if value else {},

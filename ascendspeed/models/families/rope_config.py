@@ -1,6 +1,7 @@
 """Rotary embedding entries of config.json: reads every spelling in use, and refuses contradictory or
 incomplete ones."""
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,6 +22,11 @@ SETTINGS = {
     "low_freq_factor": "low",
     "high_freq_factor": "high",
     "original_max_position_embeddings": "original",
+    "beta_fast": "fast",
+    "beta_slow": "slow",
+    "attention_factor": "attention",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all",
 }
 """Name of an entry -> the setting it holds."""
 LLAMA3_FIELDS = {
@@ -28,10 +34,20 @@ LLAMA3_FIELDS = {
     "low": "rope_low_freq_factor",
     "high": "rope_high_freq_factor",
 }
-"""Setting that only the type llama3 has -> field of `ModelConfig`."""
+"""Setting that belongs to the type llama3 -> field of `ModelConfig`."""
+YARN_FIELDS = {
+    "original": "rope_original_max_position_embeddings",
+    "fast": "rope_beta_fast",
+    "slow": "rope_beta_slow",
+    "attention": "rope_attention_factor",
+}
+"""Setting that belongs to the type yarn -> field of `ModelConfig`."""
+FIELDS_OF = {"llama3": LLAMA3_FIELDS, "yarn": YARN_FIELDS}
+MSCALES = ("mscale", "mscale_all")
+"""Settings of yarn that give its attention factor."""
 TOP_LEVEL = ("rope_theta", "scaling_factor", "partial_rotary_factor")
 """Entries that may also be at the top level of config.json."""
-KINDS = ("default", "linear", "dynamic", "llama3")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 def read_rope(config_json: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,55 +83,112 @@ def read_rope(config_json: Mapping[str, Any], default: Mapping[str, Any]) -> dic
         "rotary_base": float(base),
         "rope_scaling_type": "none" if kind == "default" else kind,
         "rope_scaling_factor": factor,
-        **_llama3_fields(kind, entries, config_json.get("max_position_embeddings")),
+        **_fields_of_kind(kind, factor, entries, config_json.get("max_position_embeddings")),
     }
 
 
-def _llama3_fields(
-    kind: str, entries: Mapping[str, Mapping[str, Any]], trained_length: Any
-) -> dict[str, float | int]:
-    """Fields that only the type llama3 has. Raises `UserError` if one is missing, or belongs to no type."""
+def _fields_of_kind(
+    kind: str, factor: float, entries: Mapping[str, Mapping[str, Any]], trained_length: Any
+) -> dict[str, float | int | None]:
+    """Fields that only the types llama3 and yarn have. Raises `UserError` if one is missing, or belongs to
+    another type."""
+    _refuse_other_settings(kind, entries, trained_length)
     if kind == "llama3":
-        missing = [
-            name for name, setting in SETTINGS.items() if setting in LLAMA3_FIELDS and not entries[setting]
-        ]
-        if missing:
-            raise UserError(f"config.json: rope scaling 'llama3' lacks {' and '.join(missing)}")
-        low, high, original = (_agreed(entries[setting], None) for setting in ("low", "high", "original"))
-        if type(original) is not int:
-            raise UserError(f"config.json: {_listed(entries['original'])} is not a whole number")
-        fields = {"low": float(low), "high": float(high), "original": original}
-        return {LLAMA3_FIELDS[setting]: value for setting, value in fields.items()}
-    # transformers write the original length for some types; it changes nothing where it is the trained one.
-    original = {path: value for path, value in entries["original"].items() if value != trained_length}
-    if others := original | dict(entries["low"]) | dict(entries["high"]):
-        raise UserError(
-            f"config.json: rope setting {_listed(others)} is supported for rope scaling 'llama3' only"
-        )
+        return _llama3_fields(entries)
+    if kind == "yarn":
+        return _yarn_fields(factor, entries, trained_length)
     return {}
 
 
+def _refuse_other_settings(kind: str, entries: Mapping[str, Mapping[str, Any]], trained_length: Any) -> None:
+    """Raises `UserError` for settings that belong to another type than `kind`."""
+    of_kind = FIELDS_OF.get(kind, {})
+    others: dict[str, Any] = {}
+    kinds: list[str] = []
+    for other, fields in FIELDS_OF.items():
+        for setting in (*fields, *(MSCALES if other == "yarn" else ())):
+            if setting in of_kind or (setting in MSCALES and kind == "yarn"):
+                continue
+            # transformers write the original length for some types; it changes nothing where it is the
+            # trained one.
+            is_length = setting == "original"
+            found = {p: v for p, v in entries[setting].items() if not is_length or v != trained_length}
+            others |= found
+            kinds += [other] if found and other not in kinds else []
+    if others:
+        names = " and ".join(repr(name) for name in kinds)
+        raise UserError(
+            f"config.json: rope setting {_listed(others)} is supported for rope scaling {names} only"
+        )
+
+
+def _llama3_fields(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, float | int | None]:
+    missing = [
+        name for name, setting in SETTINGS.items() if setting in LLAMA3_FIELDS and not entries[setting]
+    ]
+    if missing:
+        raise UserError(f"config.json: rope scaling 'llama3' lacks {' and '.join(missing)}")
+    low, high = (_agreed(entries[setting], None) for setting in ("low", "high"))
+    fields = {"low": float(low), "high": float(high), "original": _original(entries, None)}
+    return {LLAMA3_FIELDS[setting]: value for setting, value in fields.items()}
+
+
+def _yarn_fields(
+    factor: float, entries: Mapping[str, Mapping[str, Any]], trained_length: Any
+) -> dict[str, float | int | None]:
+    """Fields of yarn, with transformers' defaults for absent entries."""
+    attention = _agreed(entries["attention"], None)
+    scales = [_agreed(entries[setting], None) for setting in MSCALES]
+    if attention is None and all(scales):
+        attention = yarn_attention_factor(factor, scales[0]) / yarn_attention_factor(factor, scales[1])
+    fast, slow = float(_agreed(entries["fast"], 32)), float(_agreed(entries["slow"], 1))
+    return {
+        "rope_original_max_position_embeddings": _original(entries, trained_length),
+        "rope_beta_fast": fast,
+        "rope_beta_slow": slow,
+        "rope_attention_factor": None if attention is None else float(attention),
+    }
+
+
+def yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
+    """Factor of cos and sin that yarn takes for a scaling factor, with `scale` before its logarithm."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _original(entries: Mapping[str, Mapping[str, Any]], default: Any) -> int:
+    original = _agreed(entries["original"], default)
+    if type(original) is not int:
+        raise UserError(f"config.json: {_listed(entries['original'])} is not a whole number")
+    return original
+
+
 def check_rope(config: ModelConfig) -> None:
-    """Raises `UserError` for settings of the type llama3 that are missing or contradictory, or that another
-    type does not use."""
-    default = ModelConfig()
-    if config.rope_scaling_type != "llama3":
-        for name in LLAMA3_FIELDS.values():
-            if getattr(config, name) != getattr(default, name):
+    """Raises `UserError` for settings of the types llama3 and yarn that are missing or contradictory, or that
+    another type does not use."""
+    default, kind = ModelConfig(), config.rope_scaling_type
+    for other, fields in FIELDS_OF.items():
+        for name in fields.values():
+            used = name in FIELDS_OF.get(kind, {}).values()
+            if not used and getattr(config, name) != getattr(default, name):
                 raise UserError(
-                    f"{name} = {getattr(config, name)} is for rope scaling llama3 only, "
-                    f"not for {config.rope_scaling_type}"
+                    f"{name} = {getattr(config, name)} is for rope scaling {other} only, not for {kind}"
                 )
+    if kind not in FIELDS_OF:
         return
     if config.rope_original_max_position_embeddings is None:
-        raise UserError(
-            "rope scaling llama3 needs rope_original_max_position_embeddings (8192 in Llama 3.1 and 3.2)"
-        )
-    if config.rope_low_freq_factor >= config.rope_high_freq_factor:
+        examples = {"llama3": "8192 in Llama 3.1 and 3.2", "yarn": "32768 in Qwen3"}
+        raise UserError(f"rope scaling {kind} needs rope_original_max_position_embeddings ({examples[kind]})")
+    if kind == "llama3" and config.rope_low_freq_factor >= config.rope_high_freq_factor:
         raise UserError(
             f"rope_low_freq_factor {config.rope_low_freq_factor} is not below rope_high_freq_factor "
             f"{config.rope_high_freq_factor}"
         )
+    if kind == "yarn" and config.rope_beta_slow > config.rope_beta_fast:
+        raise UserError(
+            f"rope_beta_slow {config.rope_beta_slow} is above rope_beta_fast {config.rope_beta_fast}"
+        )
+    if kind == "yarn" and config.rotary_base <= 1:
+        raise UserError(f"rope scaling yarn needs a rotary_base above 1, not {config.rotary_base}")
 
 
 def _entries(config_json: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
@@ -147,7 +220,7 @@ def _factor(kind: str, entries: Mapping[str, Any], default: Mapping[str, Any]) -
         if factor not in (None, 1):
             raise UserError(
                 f"config.json: {_listed(entries)}, but no rope scaling that it belongs to: "
-                "type linear, dynamic or llama3"
+                "type linear, dynamic, llama3 or yarn"
             )
         return 1.0
     if factor is None:
@@ -172,9 +245,21 @@ def write_rope(config: ModelConfig, spelling: str) -> dict[str, Any]:
         names = {setting: name for name, setting in SETTINGS.items()}
         scaling |= {names[setting]: getattr(config, field) for setting, field in LLAMA3_FIELDS.items()}
         return {"rope_theta": config.rotary_base, "rope_scaling": scaling}
+    if kind == "yarn":
+        return {"rope_theta": config.rotary_base, "rope_scaling": _written_yarn(config)}
     # Every version of transformers reads `type`; versions before 4.43, and InternLM2's own code, refuse a
     # third entry (`rope_type`).
     return {
         "rope_theta": config.rotary_base,
         "rope_scaling": None if kind == "none" else {"type": kind, "factor": factor},
     }
+
+
+def _written_yarn(config: ModelConfig) -> dict[str, Any]:
+    """rope_scaling of the type yarn, without entries that have transformers' default."""
+    names, default = {setting: name for name, setting in SETTINGS.items()}, ModelConfig()
+    entries = {
+        names[setting]: (getattr(config, f), getattr(default, f)) for setting, f in YARN_FIELDS.items()
+    }
+    given = {name: value for name, (value, usual) in entries.items() if value != usual}
+    return {"rope_type": "yarn", "factor": config.rope_scaling_factor, **given}

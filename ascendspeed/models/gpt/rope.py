@@ -1,4 +1,4 @@
-"""Rotary position embedding: plain, linearly scaled, dynamic NTK, or scaled as in Llama 3.1."""
+"""Rotary position embedding: plain, linearly scaled, dynamic NTK, or scaled as in Llama 3.1 or by YaRN."""
 
 import math
 from dataclasses import dataclass, field
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.models.families.rope_config import yarn_attention_factor
 from ascendspeed.models.gpt.sequence_shard import WHOLE_SEQUENCE, SequenceShard
 
 KEPT_TABLES = 8
@@ -35,6 +36,25 @@ def scale_low_frequencies(model: ModelConfig, frequencies: Tensor) -> Tensor:
     return (1 - kept) * frequencies / model.rope_scaling_factor + kept * frequencies
 
 
+def yarn_frequencies(model: ModelConfig, powers: Tensor) -> Tensor:
+    """Frequencies of YaRN (arXiv 2309.00071): those that turn more than `rope_beta_fast` times over the
+    original length stay, those that turn less than `rope_beta_slow` times are divided by the factor, and a
+    ramp over the dimensions lies between. `powers`: the inverse of the plain frequencies, fp32 [d/2]."""
+    d, log_base = model.head_dim, math.log(model.rotary_base)
+
+    def dimension(turns: float) -> float:
+        length = model.rope_original_max_position_embeddings
+        return d * math.log(length / (turns * 2 * math.pi)) / (2 * log_base)
+
+    low = max(math.floor(dimension(model.rope_beta_fast)), 0)
+    high = float(min(math.ceil(dimension(model.rope_beta_slow)), d - 1))
+    if low == high:
+        high += 0.001  # as in transformers; the ramp would have no length
+    kept = 1 - ((torch.arange(d // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    # In the order of transformers, so that the bits are equal.
+    return 1.0 / (model.rope_scaling_factor * powers) * (1 - kept) + 1.0 / powers * kept
+
+
 @dataclass(eq=False)
 class Rope:
     """Tables of cos and sin, shared by all layers; the tables of the last few lengths are cached."""
@@ -45,7 +65,10 @@ class Rope:
     def inverse_frequencies(self, length: int) -> Tensor:
         """1 / base^(2i/d), fp32 [d/2]; `base`: see `rope_base`."""
         model, d, base = self.model, self.model.head_dim, rope_base(self.model, length)
-        frequencies = 1.0 / base ** (torch.arange(0, d, 2, dtype=torch.int64, device="cpu").float() / d)
+        powers = base ** (torch.arange(0, d, 2, dtype=torch.int64, device="cpu").float() / d)
+        if model.rope_scaling_type == "yarn":
+            return yarn_frequencies(model, powers)
+        frequencies = 1.0 / powers
         if model.rope_scaling_type == "llama3":
             return scale_low_frequencies(model, frequencies)
         return frequencies / model.rope_scaling_factor if model.rope_scaling_type == "linear" else frequencies
@@ -64,9 +87,19 @@ class Rope:
             self._tables[key] = cos.to(device), sin.to(device)
         return self._tables[key]
 
-    @staticmethod
-    def cos_sin(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    @property
+    def attention_factor(self) -> float:
+        """Factor of cos and sin; 1 but for YaRN."""
+        if self.model.rope_scaling_type != "yarn":
+            return 1.0
+        given = self.model.rope_attention_factor
+        return yarn_attention_factor(self.model.rope_scaling_factor) if given is None else given
+
+    def cos_sin(self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [s, b, 1, d] for fp32 positions [s, b] and frequencies [b, d/2]; either b may be 1."""
         angles = positions[..., None] * frequencies
         angles = torch.cat((angles, angles), -1)[:, :, None]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin, factor = angles.cos(), angles.sin(), self.attention_factor
+        if factor != 1:
+            cos, sin = cos * factor, sin * factor
+        return cos.to(dtype), sin.to(dtype)

@@ -69,6 +69,8 @@ class GgufWriter:
                 f"llama.cpp has the rope scaling llama3 for the architecture llama only, not for "
                 f"{architecture(reader.config)}"
             )
+        if reader.config.rope_scaling_type == "yarn":
+            raise UserError("the rope scaling yarn is not written as gguf; use --format hf")
         if reader.config.rope_scaling_type == "dynamic":
             logger.info(
                 f"note: llama.cpp has no dynamic rope scaling: use the GGUF file for up to "

@@ -13,12 +13,14 @@ from helpers.engines import DATA_SEED, RUN, Curve, micro_batches_of, worst
 from safetensors.torch import save_file
 
 from ascendspeed.checkpoint.discovery import open_checkpoint
+from ascendspeed.cli.train_args import resolve
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from ascendspeed.conversion.formats import peft as directory
-from ascendspeed.models import param_mapping
+from ascendspeed.models import int8, param_mapping
 from ascendspeed.models.lora import adapter as adapters
 from ascendspeed.models.lora.targets import parameter_count
+from ascendspeed.utils.errors import UserError
 
 STEPS = 10
 LORA = LoraConfig(lora_rank=4, lora_alpha=6.0)
@@ -472,3 +474,74 @@ def test_nothing_is_kept_for_frozen_weights(cpu):
     a = fresh["decoder.layers.1.mlp.linear_fc2.lora.down_proj_A"]
     assert a.abs().max() <= 96**-0.5 < a.abs().max() * 1.05  # kaiming_uniform(a = sqrt(5))
     assert not any(tensor.any() for name, tensor in fresh.items() if name.endswith("_B"))
+
+
+# --- QLoRA
+
+
+def quantized(base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The base with the linears of the layers in int8 and back."""
+    is_linear = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+    return {
+        name: int8.dequantize(*int8.quantize(tensor, torch.float32)) if name.endswith(is_linear) else tensor
+        for name, tensor in base.items()
+    }
+
+
+QUANTIZED = {"quantization_bit": 8}
+
+
+def quantized_cases(setting: Setting, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {name: setting.case(parallel, lora=QUANTIZED) for name, parallel in layouts.items()}
+
+
+def check_quantized(setting: Setting, cases: dict[str, Any], world: int, folder: Path) -> None:
+    """Losses of peft over the base that is quantised and back; the plain base is the control."""
+    base, setting.base = setting.base, quantized(setting.base)
+    expected = setting.expected()
+    setting.base = base
+    plain = setting.expected()
+    for name, curve in run(world, cases, folder).items():
+        loss, norm = worst(curve, expected)
+        print(name, loss, norm)
+        assert (loss < 1e-5, norm < 1e-4) == (True, True), (name, loss, norm)
+        assert worst(curve, plain)[0] > 1e-5, name  # control
+
+
+@pytest.mark.slow
+def test_an_int8_base_equals_peft_on_the_same_base(biases, tmp_path):
+    one = {"megatron": {}, "zero 1": zero(1), "zero 0": zero(0)}
+    check_quantized(biases, quantized_cases(biases, one), 1, tmp_path / "one")
+    two = {"tp 2 sp": TP | SP, "zero 2": zero(2), "pp 2": PP, "tp 2": zero(1) | TP}
+    check_quantized(biases, quantized_cases(biases, two), 2, tmp_path / "two")
+
+
+def test_gradients_of_an_int8_linear(cpu):
+    """Against torch's product with the dequantised weight."""
+    from ascendspeed.distributed import fused_kernels
+    from ascendspeed.models.gpt.linear import KernelLinear
+
+    generator = torch.Generator().manual_seed(1)
+    weight, x = torch.randn(6, 4, generator=generator), torch.randn(3, 2, 4, generator=generator)
+    numbers, scale = int8.quantize(weight, torch.float32)
+    x.requires_grad_()
+    out = KernelLinear.apply(x, numbers, None, fused_kernels.linear, False, False, None, scale)
+    plain = int8.dequantize(numbers, scale)
+    assert torch.equal(out, x @ plain.t())
+    (gradient,) = torch.autograd.grad(out.square().sum(), x)
+    (expected,) = torch.autograd.grad((x @ plain.t()).square().sum(), x)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5)
+    (other,) = torch.autograd.grad((x @ weight.t()).square().sum(), x)
+    assert (gradient - other).abs().max() > 1e-3  # control
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--quantization-bit 8", "mean nothing without --lora-rank"),
+        ("--quantization-bit 8 --lora-rank 4 --deepspeed --zero-stage 3", "use stage 0, 1 or 2"),
+    ],
+)
+def test_a_quantised_base_that_cannot_be(words, message):
+    with pytest.raises(UserError, match=message):
+        resolve(["--data-path", "x", *words.split()], 1)

@@ -95,6 +95,7 @@ def check_run(run: Run, world: int | None) -> None:
     batch_schedule.skipped_iterations(run.train)
     _check_token_terms(run)
     _check_reward_model(run)
+    _check_quantization(run)
     _check_model(run)
     _check_engine(run.parallel)
     check_muon(run)
@@ -231,6 +232,17 @@ def check_preference(preference: PreferenceConfig, typed: Collection[str]) -> No
                 f"{flag} means nothing to --loss {preference.loss}, only to {' and '.join(losses)}; leave "
                 "it out"
             )
+
+
+def _check_quantization(run: Run) -> None:
+    """Raises UserError for a quantised base whose weights would be partitioned."""
+    if run.lora.quantization_bit is None:
+        return
+    flag = f"--quantization-bit {run.lora.quantization_bit}"
+    if run.parallel.deepspeed and run.parallel.zero_stage == 3:
+        raise UserError(
+            f"{flag}: --zero-stage 3 partitions weights in the type of the run; use stage 0, 1 or 2"
+        )
 
 
 def _check_reward_model(run: Run) -> None:

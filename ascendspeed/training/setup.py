@@ -50,6 +50,7 @@ REPORTED_TRAIN = (
     "hidden_dropout",
 )
 """Settings of `TrainConfig` that do."""
+REPORTED_LORA = (("lora", "lora_dropout"), ("lora", "quantization_bit"))
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _log_resume(run: Run, checkpoint: Checkpoint, grid: ProcessGrid) -> None:
         for group in ("data", "optim", "preference")
         for field in dataclasses.fields(getattr(run, group))
     ]
-    for group, name in [*groups, *(("train", name) for name in REPORTED_TRAIN), ("lora", "lora_dropout")]:
+    for group, name in [*groups, *(("train", name) for name in REPORTED_TRAIN), *REPORTED_LORA]:
         old, new = getattr(getattr(saved, group), name), getattr(getattr(run, group), name)
         unrecorded = name == "chat_template" and None in (old, new)  # that of the data, since version 0.2
         if old != new and name not in UNREPORTED and not unrecorded:

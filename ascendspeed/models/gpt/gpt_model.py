@@ -112,12 +112,12 @@ class _MaskPadding:
             logits.detach()[..., rows:].fill_(max(-1e9, torch.finfo(logits.dtype).min))
 
 
-def int8_writer(gpt: GPTModel) -> WriteShard:
+def int8_writer(*chunks: GPTModel) -> WriteShard:
     """Returns a `WriteShard` that quantises the weights of all linears of the layers as they arrive.
 
     Embedding, output layer and routers keep their type. Collective under tensor parallel.
     """
-    modules = gpt.decoder.layers.modules()
+    modules = [module for gpt in chunks for module in gpt.decoder.layers.modules()]
     linears = {id(module.weight): module for module in modules if isinstance(module, InferenceLinear)}
 
     def write(parameter: torch.nn.Parameter, shard: Tensor) -> None:

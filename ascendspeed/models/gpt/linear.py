@@ -34,7 +34,8 @@ def use_weight_gradient(kernel: Callable[[Tensor, Tensor, Tensor], None]) -> Non
 
 class KernelLinear(torch.autograd.Function):
     """Product of `Kernels.linear` with its two gradients and the communication of Megatron-core's
-    `LinearWithGradAccumulationAndAsyncCommunication`; a frozen weight costs neither memory nor a product."""
+    `LinearWithGradAccumulationAndAsyncCommunication`; a frozen weight costs neither memory nor a product. A
+    weight in int8 is dequantised in every pass, and nothing else of it is kept."""
 
     @staticmethod
     def forward(
@@ -46,17 +47,19 @@ class KernelLinear(torch.autograd.Function):
         allreduce_dgrad: bool,
         sequence_parallel: bool,
         group: Any,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """x [s, b, k] (under sequence parallel [s / TP, b, k]), weight [n, k], bias [n] -> [s, b, n].
 
-        `allreduce_dgrad`: sums the gradient of x over `group`.
+        `allreduce_dgrad`: sums the gradient of x over `group`. `scale` [n, 1]: of a weight in int8.
         """
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.scale = scale
         ctx.linear, ctx.group = linear, group
         ctx.allreduce_dgrad, ctx.sequence_parallel = allreduce_dgrad, sequence_parallel
         if sequence_parallel:
             x = _gather_sequence(x, group)[0]
-        out = linear(x, weight)
+        out = linear(x, weight if scale is None else int8.dequantize(weight, scale))
         return out if bias is None else out + bias
 
     @staticmethod
@@ -64,6 +67,8 @@ class KernelLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Communication runs beside the products, in the order of Megatron-core's function."""
         x, weight = ctx.saved_tensors
+        if ctx.scale is not None:
+            weight = int8.dequantize(weight, ctx.scale)
         gathering = exchange = None
         if x is not None and ctx.sequence_parallel:
             x, gathering = _gather_sequence(x, ctx.group, async_op=True)
@@ -81,7 +86,7 @@ class KernelLinear(torch.autograd.Function):
         bias_grad = rows.sum(0) if ctx.needs_input_grad[2] else None
         if exchange is not None:
             exchange.wait()
-        return dgrad, wgrad, bias_grad, None, None, None, None
+        return dgrad, wgrad, bias_grad, None, None, None, None, None
 
 
 def _gather_sequence(x: Tensor, group: Any, async_op: bool = False) -> tuple[Tensor, Any]:
@@ -108,7 +113,7 @@ class InferenceLinear(torch.nn.Module):
 
     @torch.no_grad()
     def set_int8_weight(self, weight: Tensor) -> None:
-        """Replaces the weight by this rank's part [n, k] of a plain one, in int8; no training afterwards.
+        """Replaces the weight by this rank's part [n, k] of a plain one, in int8, which is frozen.
 
         Collective for a weight that is cut along its inputs: all ranks take the scales of whole rows.
         """
@@ -188,8 +193,8 @@ def _needs_megatron_forward(linear: ColumnLinear | RowLinear) -> bool:
 def _kernel_linear(
     linear: ColumnLinear | RowLinear, x: Tensor, weight: Tensor, settings: dict[str, Any]
 ) -> Tensor:
-    """`KernelLinear` with the arguments that Megatron-core gives to its own functions; int8: no gradient."""
-    if linear.weight_scale is not None:
+    """`KernelLinear` with the arguments that Megatron-core gives to its own functions."""
+    if linear.weight_scale is not None and not torch.is_grad_enabled():
         out = linear.multiply(x, weight)
         return out if settings["bias"] is None else out + settings["bias"]
     return KernelLinear.apply(
@@ -200,4 +205,5 @@ def _kernel_linear(
         settings["allreduce_dgrad"],
         settings["sequence_parallel"],
         linear.tp_group,
+        linear.weight_scale,
     )

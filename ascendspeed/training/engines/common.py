@@ -53,6 +53,10 @@ class BaseEngine:
         self.objective = objectives.create(run)
         self.shard_specs = gpt_model.shard_specs(run.model, run.parallel, run.lora)
 
+    def _weight_writer(self, modules: Sequence[gpt_model.GPTLanguageModel]) -> gpt_model.WriteShard:
+        """Writes weights as they are, or for QLoRA those of frozen linears in int8."""
+        return gpt_model.int8_writer(*modules) if self.run.lora.quantization_bit else Tensor.copy_
+
     def fragments(self) -> Iterator[Fragment]:
         """See `Engine.fragments`."""
         yield from self._optimizer_fragments()

@@ -76,7 +76,8 @@ class DeepSpeedEngine(BaseEngine):
         gather = self._gather if self.stage == 3 else lambda parameter: nullcontext()
         self.deepspeed = deepspeed
         if tensors is not None:
-            gpt_model.load_weights(module, run.model, run.parallel, tensors, gather, run.lora)
+            write = self._weight_writer([module])
+            gpt_model.load_weights(module, run.model, run.parallel, tensors, gather, run.lora, write)
         for parameter in module.parameters():
             if parameter.requires_grad and getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(self._sum_over_tensor_parallel)

@@ -87,7 +87,8 @@ class MegatronEngine(BaseEngine):
             for stage in stages
         ]
         if tensors is not None:
-            gpt_model.load_weights(modules, run.model, run.parallel, tensors, lora=run.lora)
+            write = self._weight_writer(modules)
+            gpt_model.load_weights(modules, run.model, run.parallel, tensors, lora=run.lora, write=write)
         return modules
 
     def _wrap(self) -> list[DistributedDataParallel]:

@@ -136,8 +136,8 @@ _MEGATRON = (
         "--pipeline-model-parallel-layout",
     ),
     (
-        "ZeRO is DeepSpeed's: --deepspeed --zero-stage 3",
-        "--use-torch-fsdp2 --use-megatron-fsdp --data-parallel-sharding-strategy",
+        "FSDP is torch's: --use-torch-fsdp2; or --deepspeed --zero-stage 3",
+        "--use-megatron-fsdp --data-parallel-sharding-strategy",
     ),
     (
         "offloading is DeepSpeed's: --deepspeed --zero-offload cpu",

@@ -96,6 +96,7 @@ def check_run(run: Run, world: int | None) -> None:
     _check_token_terms(run)
     _check_reward_model(run)
     _check_quantization(run)
+    _check_fsdp(run)
     _check_model(run)
     _check_engine(run.parallel)
     check_muon(run)
@@ -274,6 +275,7 @@ MEGATRON_ONLY = {
     "decoder_last_pipeline_num_layers": "has no pipeline stages; leave it out",
     "num_distributed_optimizer_instances": "shards the states of ZeRO-1 and 2 over all replicas; use 1",
     "use_distributed_optimizer": "has ZeRO; use --zero-stage 1",
+    "use_torch_fsdp2": "shards the same by --zero-stage 3; use that",
     "overlap_grad_reduce": 'overlaps by itself ("overlap_comm" in --deepspeed_config)',
     "overlap_param_gather": 'overlaps by itself ("overlap_comm" in --deepspeed_config)',
 }
@@ -317,6 +319,30 @@ def _check_engine(parallel: ParallelConfig) -> None:
             f"--num-distributed-optimizer-instances {instances} does not go with --overlap-grad-reduce; "
             "leave one of them out"
         )
+
+
+WITHOUT_FSDP = {
+    "tensor_model_parallel_size": "use 1",
+    "pipeline_model_parallel_size": "use 1",
+    "expert_model_parallel_size": "use 1",
+    "use_distributed_optimizer": "FSDP shards the optimizer states too: leave it out",
+    "overlap_grad_reduce": "FSDP overlaps by itself: leave it out",
+}
+"""Fields that do not go with --use-torch-fsdp2 -> the alternative."""
+
+
+def _check_fsdp(run: Run) -> None:
+    """Raises UserError for settings that FSDP2 does not support."""
+    if not run.parallel.use_torch_fsdp2:
+        return
+    for name, flag in _flags_set(run.parallel, WITHOUT_FSDP):
+        raise UserError(f"--use-torch-fsdp2 does not go with {flag}; {WITHOUT_FSDP[name]}")
+    if run.optim.fp16:
+        raise UserError("--use-torch-fsdp2 has no loss scale for --fp16; use --bf16")
+    if run.optim.optimizer == "muon":
+        raise UserError("--use-torch-fsdp2 shards by rows, and --optimizer muon needs more; use adamw")
+    if run.lora.quantization_bit:
+        raise UserError("--use-torch-fsdp2 shards weights as they are; leave --quantization-bit out")
 
 
 def _check_zero(parallel: ParallelConfig) -> None:

@@ -194,6 +194,9 @@ class ParallelConfig:
     num_distributed_optimizer_instances: int = 1
     """Megatron engine, with --use-distributed-optimizer: shard the optimizer states over this fraction of the
     replicas only, and keep that many copies (hybrid ZeRO): fewer messages between nodes, more memory."""
+    use_torch_fsdp2: bool = False
+    """Megatron engine: shard weights, gradients and optimizer states over the data-parallel ranks by torch's
+    FSDP2, as ZeRO 3 does."""
     overlap_grad_reduce: bool = False
     """Megatron engine: reduce gradients over the data-parallel ranks during the backward pass."""
     overlap_param_gather: bool = False

@@ -11,6 +11,7 @@ from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.planning import accelerator_kernels, fake_step
 from ascendspeed.planning.allocations import DEVICE_BLOCK
 from ascendspeed.planning.fake_step import RankMemory
+from ascendspeed.utils.errors import UserError
 
 KernelChoice = Literal["accelerator", "cpu"]
 
@@ -76,6 +77,8 @@ def builder(device: Device, kernels: Kernels) -> Any:
     """Returns the function (run, grid) -> engine without weights from a file."""
 
     def build(run: Run, grid: ProcessGrid) -> Any:
+        if run.parallel.use_torch_fsdp2:
+            raise UserError("--use-torch-fsdp2 cannot be planned; --deepspeed --zero-stage 3 shards the same")
         if not run.parallel.deepspeed:
             from ascendspeed.training.engines.megatron import MegatronEngine
 

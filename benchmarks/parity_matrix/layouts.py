@@ -102,6 +102,7 @@ TP, PP, VPP, CP, EP = (
 A2A = {"cp_comm_type": "a2a"}
 SP, SHARDS = {"sequence_parallel": True}, {"use_distributed_optimizer": True}
 HYBRID = SHARDS | {"num_distributed_optimizer_instances": 2}
+FSDP = {"use_torch_fsdp2": True}
 OVERLAP = SHARDS | {"overlap_grad_reduce": True, "overlap_param_gather": True}
 FULL = {"recompute_granularity": "full"}
 GROUPS_OF_2, BLOCK_1 = FULL | {"recompute_num_layers": 2}, FULL | {"recompute_method": "block"}
@@ -123,6 +124,8 @@ LAYOUTS = (
     megatron("DP2", 2, {}, families=DENSE + SPARSE),
     megatron("ZeRO-1 (distributed optimizer)", 2, SHARDS),
     megatron("ZeRO-1, overlapped", 2, OVERLAP),
+    megatron("DP2, FSDP2", 2, FSDP, families=DENSE + SPARSE),
+    megatron("CP2, FSDP2", 2, CP | FSDP),
     megatron("TP2", 2, TP),
     megatron("TP2+SP", 2, TP | SP, families=DENSE + SPARSE),
     megatron("PP2", 2, PP),
@@ -142,6 +145,7 @@ LAYOUTS = (
     megatron("DP4, ZeRO-1 in 2 copies (hybrid)", 4, HYBRID, families=DENSE + SPARSE),
     megatron("CP2xDP2, ZeRO-1 in 2 copies (hybrid)", 4, CP | HYBRID),
     megatron("TP2xDP4+SP, ZeRO-1 in 2 copies (hybrid)", 8, TP | SP | HYBRID),
+    megatron("CP2xDP2, FSDP2, recompute full", 4, CP | FSDP, train=FULL),
     megatron("CP4", 4, {"context_parallel_size": 4}),
     megatron("TP2xCP2+SP", 4, TP | CP | SP),
     megatron("CP2xDP2, all-to-all, ZeRO-1", 4, CP | A2A | SHARDS),
@@ -175,6 +179,7 @@ HALVES = (
     megatron("TP2+SP", 2, TP | SP, optim=BF16),
     megatron("PP2xVPP2", 2, PP | VPP, optim=BF16),
     megatron("CP2", 2, CP, optim=BF16),
+    megatron("DP2, FSDP2", 2, FSDP, optim=BF16),
     *(zero(f"ZeRO-{stage}", 2, stage, optim=BF16) for stage in (1, 2, 3)),
     zero("TP2+SP, ZeRO-2", 2, 2, TP | SP, optim=BF16),
 )
@@ -192,6 +197,7 @@ CONTROLS = (
         "weight decay on all", mistake="weight decay on all"
     ),
     NAMED["Megatron TP2+SP"].with_mistake("sequence-parallel sum missing", mistake="sequence-parallel sum"),
+    NAMED["Megatron DP2, FSDP2"].with_mistake("weight decay on all", mistake="weight decay on all"),
     NAMED["Megatron PP2xVPP2"].with_mistake("messages batched", mistake="batched messages"),
     NAMED["Megatron CP2"].with_mistake("chunks in a row", mistake="chunks in a row"),
     NAMED["Megatron CP2, all-to-all"].with_mistake("chunks in a row", mistake="chunks in a row"),

@@ -109,7 +109,8 @@ def main() -> None:
         if run.parallel.deepspeed:
             engine = deepspeed_engine(case.get("break"))(run, grid, here, kernels, tensors)
         else:
-            engine = megatron_engine(case.get("break"))(run, grid, here, kernels, tensors)
+            kind = "fsdp" if run.parallel.use_torch_fsdp2 else "megatron"
+            engine = megatron_engine(case.get("break"), kind)(run, grid, here, kernels, tensors)
         if case.get("load"):
             engine.restore(open_checkpoint(case["load"]))
         if case.get("resave"):
@@ -137,7 +138,8 @@ def main() -> None:
                 nothing = dict(data[i], loss_mask=torch.zeros_like(data[i]["loss_mask"]))
                 curves[name].append(step(engine, run, grid, nothing))
             curves[name].append(step(engine, run, grid, data[i]))
-        if not run.parallel.deepspeed and case.get("break") is None:
+        parallel = run.parallel
+        if not (parallel.deepspeed or parallel.use_torch_fsdp2) and case.get("break") is None:
             check_replicas(engine, grid)
         if case.get("onednn"):
             curves[f"{name}: products"] = [[linear.count, None]]
@@ -234,11 +236,14 @@ def deepspeed_engine(mistake):
     )
 
 
-def megatron_engine(mistake):
-    """The Megatron engine, with a mistake made on purpose."""
+def megatron_engine(mistake, kind="megatron"):
+    """The Megatron engine or that with FSDP, with a mistake made on purpose."""
+    from ascendspeed.training.engines.fsdp import FsdpEngine
     from ascendspeed.training.engines.megatron import MegatronEngine
 
-    class Mistaken(MegatronEngine):
+    engine = FsdpEngine if kind == "fsdp" else MegatronEngine
+
+    class Mistaken(engine):
         def __init__(self, *args):
             with without_adapters(mistake):
                 super().__init__(*args)
@@ -282,7 +287,7 @@ def megatron_engine(mistake):
             if mistake != "masters not published":
                 super()._refresh_weights()
 
-    return Mistaken if mistake else MegatronEngine
+    return Mistaken if mistake else engine
 
 
 def without_documents():

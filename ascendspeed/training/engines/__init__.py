@@ -96,6 +96,11 @@ def engine_builder(
 
     Raises `UserError` when --deepspeed_config contradicts the flags or DeepSpeed refuses it.
     """
+    if run.parallel.use_torch_fsdp2:
+        from ascendspeed.training.engines.fsdp import FsdpEngine
+
+        logger.info("engine: Megatron-core with torch's FSDP2")
+        return lambda tensors: FsdpEngine(run, grid, device, kernels, tensors)
     if not run.parallel.deepspeed:
         from ascendspeed.training.engines.megatron import MegatronEngine
 

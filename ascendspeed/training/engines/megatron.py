@@ -68,11 +68,7 @@ class MegatronEngine(BaseEngine):
         self.config = transformer_config(run.model, run.parallel, run.train, run.optim.dtype, kernels)
         self.modules = self._build(tensors)
         self.chunks = self._wrap()
-        self.optimizer = get_megatron_optimizer(
-            self._optimizer_config(), self.chunks, use_gloo_process_groups=False
-        )
-        for chained in self.optimizer.chained_optimizers:
-            chained.optimizer = self._adamw(chained.optimizer.param_groups)
+        self.optimizer = self._make_optimizer()
         self.muon = self._muon() if run.optim.optimizer == "muon" else None
         self.config.grad_scale_func = self.optimizer.scale_loss if run.optim.fp16 else None
         self.config.finalize_model_grads_func = _sum_gradients
@@ -91,7 +87,17 @@ class MegatronEngine(BaseEngine):
             gpt_model.load_weights(modules, run.model, run.parallel, tensors, lora=run.lora, write=write)
         return modules
 
-    def _wrap(self) -> list[DistributedDataParallel]:
+    def _make_optimizer(self) -> Any:
+        """Megatron-core's optimizer with torch's AdamW."""
+        optimizer = get_megatron_optimizer(
+            self._optimizer_config(), self.chunks, use_gloo_process_groups=False
+        )
+        for chained in optimizer.chained_optimizers:
+            chained.optimizer = self._adamw(chained.optimizer.param_groups)
+        return optimizer
+
+    def _wrap(self) -> list[Any]:
+        """Wraps the model's parts for data parallelism."""
         parallel = self.run.parallel
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -177,16 +183,12 @@ class MegatronEngine(BaseEngine):
         batches = self.objective.prepare(batches, self)
         for chunk in self.chunks:
             chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        loss_scale = float(self.optimizer.get_loss_scale())
+        loss_scale = self._begin_step(lr)
         if losses := self.config.router_losses:
             losses.scale = loss_scale / self._rows(batches)
         reports = self._run_schedule(batches, self._loss_sums, scale=1 / count)
         sums = reports[:, 0].tolist()
-        overflow = self.optimizer.prepare_grads()
+        overflow = self._prepare_gradients()
         norm = None if overflow else self._grad_norm()
         finite = norm is not None and math.isfinite(norm)
         bad = tuple(i for i, value in enumerate(sums) if not math.isfinite(value))
@@ -200,6 +202,19 @@ class MegatronEngine(BaseEngine):
         return StepResult(
             loss, int(count), norm, bool(failures), loss_scale, bad=bad, metrics=named, **routers
         )
+
+    def _begin_step(self, lr: float) -> float:
+        """Clears the gradients and sets the learning rate; returns the loss scale."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return float(self.optimizer.get_loss_scale())
+
+    def _prepare_gradients(self) -> bool:
+        """Gives the gradients to the masters; True if fp16 has overflown."""
+        return bool(self.optimizer.prepare_grads())
 
     def _grad_norm(self) -> float:
         """Global norm of the gradients as Megatron-core defines it.
@@ -226,8 +241,7 @@ class MegatronEngine(BaseEngine):
         clip = self.run.optim.clip_grad
         coefficient = clip / (norm + 1e-6)  # Megatron-core's, to the bit
         if clip and coefficient < 1:
-            masters = [m for chained in self.optimizer.chained_optimizers for m in chained.get_parameters()]
-            gradients = [master.grad for master in masters if master.grad is not None]
+            gradients = [master.grad for master in self._trained_masters() if master.grad is not None]
             if gradients:
                 torch._foreach_mul_(gradients, coefficient)
         if self.muon:
@@ -235,9 +249,15 @@ class MegatronEngine(BaseEngine):
             self.muon.step(self.optimizer.param_groups[0]["lr"], states)
             for key in self.muon.keys:
                 key.grad = None  # AdamW leaves out what has no gradient
-        self.optimizer.step_with_ready_grads()
+        self._apply_gradients()
         self._average_weights()
         self.updates += 1
+
+    def _trained_masters(self) -> list[Tensor]:
+        return [m for chained in self.optimizer.chained_optimizers for m in chained.get_parameters()]
+
+    def _apply_gradients(self) -> None:
+        self.optimizer.step_with_ready_grads()
 
     @torch.no_grad()
     def loss(self, batches: Iterable[Batch]) -> tuple[float, int]:

@@ -44,6 +44,7 @@ def yarn_frequencies(model: ModelConfig, powers: Tensor) -> Tensor:
 
     def dimension(turns: float) -> float:
         length = model.rope_original_max_position_embeddings
+        assert length is not None
         return d * math.log(length / (turns * 2 * math.pi)) / (2 * log_base)
 
     low = max(math.floor(dimension(model.rope_beta_fast)), 0)

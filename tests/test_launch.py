@@ -121,11 +121,13 @@ def test_missing_variables_are_named(started, env, message):
 def test_all_missing_inputs_are_named_before_anything_starts(started, tmp_path):
     """In one line, which the log has too, below the time, the host, the commit and the command line."""
     code, output = started(
-        "--log-dir", "log", TOKENIZER_PATH="no/tok", DATA="0.3 a 0.7 no/b", CHECKPOINT="no/weights"
+        "--log-dir", "log", TOKENIZER_PATH="./no/tok", DATA="0.3 a 0.7 no/b", CHECKPOINT="./no/weights"
     )
     assert (code, output.count("\n")) == (2, 1)
-    assert output.startswith("error: missing: --tokenizer-name-or-path no/tok (a folder with tokenizer.model")
-    for words in ("--data-path no/b (no file has this prefix", "--load no/weights (no such folder)"):
+    assert output.startswith(
+        "error: missing: --tokenizer-name-or-path ./no/tok (a folder with tokenizer.model"
+    )
+    for words in ("--data-path no/b (no file has this prefix", "--load ./no/weights (no such folder)"):
         assert words in output
     assert "--data-path a " not in output
     start, error = (tmp_path / "log/train.log").read_text().splitlines()

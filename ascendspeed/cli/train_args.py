@@ -19,6 +19,7 @@ from ascendspeed.config import batch_schedule, schema
 from ascendspeed.config.schema import DataConfig, ModelConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.models import families
 from ascendspeed.models.lora import targets
+from ascendspeed.utils import hub
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import parse_json
 from ascendspeed.utils.text import shorten_list
@@ -70,27 +71,31 @@ def resolve(args: Sequence[str], world: int | None) -> tuple[Run, list[str]]:
 def resolve_line(line: CommandLine[Any], world: int | None) -> tuple[Run, list[str]]:
     """`resolve` of a parsed command line, whose options are those of `TrainCommand` and perhaps more.
 
-    Opens no file but the configuration in --load.
+    Opens no file but the configuration in --load, and fetches models that are named by their hub.
     """
     options = line.options
     notes: list[str] = []
     train = _train_config(options.train, notes)
+    own = {} if train.load == train.save else {"load": True}  # --load of the run's own checkpoints
+    train, origins = hub.localize(train, own)
+    data, more_origins = hub.localize(options.data, {"tokenizer_name_or_path": False})
+    inputs = schema.InputRecord(hub=tuple(dict.fromkeys((*origins, *more_origins))))
     model = model_of(line, options.preset.model, train.load)
     notes += line.notes
     parallel = _parallel_config(line, options.parallel, model, notes)
     if train.global_batch_size is None:
         data_parallel = (world or 1) // max(1, parallel.model_size)
         train = replace(train, global_batch_size=max(1, train.micro_batch_size * data_parallel))
-    _check_positions(options.data, model, notes)
+    _check_positions(data, model, notes)
     if model.num_experts:
         notes.append(_balancing_note(model))
-    _check_data(options.data, line.typed)
+    _check_data(data, line.typed)
     train = _length_of(train, line.typed)
     validation.check_preference(options.preference, line.typed)
-    model = reward_model.resolve(options.preference, options.data, model, train.load)
-    data = reward_model.data_of(options.data, model)
+    model = reward_model.resolve(options.preference, data, model, train.load)
+    data = reward_model.data_of(data, model)
     lora = targets.resolve_config(model, options.lora)
-    run = Run(model, parallel, options.optim, _mocked(data), train, lora, options.preference)
+    run = Run(model, parallel, options.optim, _mocked(data), train, lora, options.preference, inputs)
     line.legacy.check(run)
     validation.check_run(run, world)
     if line.dumps:

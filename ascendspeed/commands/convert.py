@@ -15,7 +15,7 @@ from ascendspeed.conversion.formats import registry
 from ascendspeed.conversion.formats.base import WriteOptions
 from ascendspeed.models import families
 from ascendspeed.models.families.internevo_names import InternEvoOptions
-from ascendspeed.utils import errors
+from ascendspeed.utils import errors, hub
 
 TARGETS = registry.writable_formats()
 CHOICES = tuple(form.name for form in TARGETS)
@@ -102,6 +102,7 @@ def main() -> None:
 
     require_empty_dir(options.target)
     writer = registry.format_named(options.format).writer(options.writing)
+    options, _ = hub.localize(options, {"source": True, "config": False, "tokenizer": False})
     _check_read_options(options, typed)
     reader = convert.open_reader(options.source, options.config, options.reading)
     reader = convert.with_tokenizer(reader, options.tokenizer)

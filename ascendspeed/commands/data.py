@@ -16,7 +16,7 @@ from ascendspeed.cli.compat import PREPROCESS
 from ascendspeed.data.handlers.registry import HANDLERS
 from ascendspeed.data.preprocess import MAX_DOCUMENT_BYTES, EncoderConfig, preprocess
 from ascendspeed.models.families import chat_template_beside
-from ascendspeed.utils import errors
+from ascendspeed.utils import errors, hub
 
 MAX_WORKERS = 1024
 """More processes than that are a mistake."""
@@ -108,6 +108,7 @@ def main() -> None:
     if "seq_length" in line.typed and not (handler and handler.has_loss_mask):
         print("--seq-length is ignored: pre-training documents are stored whole, and cut in training")
     _check(options)
+    options, _ = hub.localize(options, {"tokenizer_name_or_path": False})
     template = options.chat_template
     if template is None and handler and "chat_template" in handler.accepted_settings:
         template = chat_template_beside(options.tokenizer_name_or_path)

@@ -549,6 +549,8 @@ class InputRecord:
     """Hash of the tokenizer (`tokenization.fingerprint`)."""
     deepspeed_config: str | None = None
     """Content of --deepspeed_config, as JSON."""
+    hub: tuple[str, ...] = ()
+    """Models that were fetched from a hub, with their commits: internlm/internlm2-7b@COMMIT."""
 
 
 @dataclass(frozen=True)

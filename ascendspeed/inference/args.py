@@ -27,6 +27,7 @@ from ascendspeed.config.schema import (
 )
 from ascendspeed.inference.input_checks import check_chat_template, check_folders, check_input_file
 from ascendspeed.models import families
+from ascendspeed.utils import hub
 from ascendspeed.utils.errors import UserError
 
 TASKS = {"greedy": "1", "sample": "2", "beam": "3", "beam-sample": "4", "logprobs": "5", "chat": "6"}
@@ -233,6 +234,7 @@ def resolve_engine(line: CommandLine[Any], world: int) -> EngineSpec:
         raise UserError(
             "--load is needed: a Hugging Face directory, converted weights or a training checkpoint"
         )
+    args, _ = hub.localize(args, {"load": True, "tokenizer_name_or_path": False})
     if not Path(args.load).is_dir():
         check_folders(args.load, args.tokenizer_name_or_path)
     command.check_precision(args.bf16, args.fp16)

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ascendspeed.config.schema import InputRecord, Run
+from ascendspeed.config.schema import Run
 from ascendspeed.data import dataset
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.fingerprint import hash_encoding
 from ascendspeed.training.engines.deepspeed_config import read_additions
+from ascendspeed.utils.errors import UserError
 
 ABSENT = "absent"
 """Value of a key that a file does not have, in notes."""
@@ -19,17 +20,28 @@ ABSENT = "absent"
 
 def with_inputs(run: Run, grid: ProcessGrid) -> Run:
     """The run with the record of what it reads; on rank 0, which writes the checkpoints' run.json."""
+    _check_revisions(run, grid)
     if grid.rank:
         return run
     data, config = run.data, run.parallel.deepspeed_config
     tokenizer_path = data.tokenizer_name_or_path
-    record = InputRecord(
+    record = replace(
+        run.inputs,
         data=_hash_blend(data.data_path),
         valid_data=_hash_blend(data.valid_data_path),
         tokenizer=hash_encoding(tokenizer.load(tokenizer_path)) if tokenizer_path else None,
         deepspeed_config=json.dumps(read_additions(config), sort_keys=True) if config else None,
     )
     return replace(run, inputs=record)
+
+
+def _check_revisions(run: Run, grid: ProcessGrid) -> None:
+    """Raises UserError on every rank if nodes have fetched different commits of a model."""
+    if run.inputs.hub and grid.world > 1:
+        commits = set(grid.all_gather_object(run.inputs.hub))
+        if len(commits) > 1:
+            texts = " and ".join(", ".join(names) for names in sorted(commits))
+            raise UserError(f"the nodes have fetched different commits, {texts}; name one: NAME@COMMIT")
 
 
 def _hash_blend(paths: tuple[str, ...]) -> tuple[str, ...]:

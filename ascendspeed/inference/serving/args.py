@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from tyro.conf import FlagCreatePairsOff
 
@@ -14,6 +13,7 @@ from ascendspeed.config.schema import ModelConfig
 from ascendspeed.inference.args import EngineArgs, EngineSpec, resolve_engine
 from ascendspeed.inference.input_checks import check_chat_template
 from ascendspeed.models import families
+from ascendspeed.utils import hub
 from ascendspeed.utils.errors import UserError
 
 API_KEY_VARIABLE = "INTERNLM_API_KEY"
@@ -32,7 +32,8 @@ class ServeArgs:
     """Key that clients must send on every path but /health; None: INTERNLM_API_KEY of the environment, or
     no key."""
     served_model_name: str | None = None
-    """Name of the model in the API; None: the last part of --load."""
+    """Name of the model in the API; None: the last part of --load, or the model's name
+    on its hub."""
     chat_template: str | None = None
     """Chat template: v1, v1-eoh, v2, v2.5 or v3; None: that of the model's family and its tokenizer."""
     max_model_len: int | None = None
@@ -94,7 +95,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[ServeJob, list[str]]:
     serve = line.options.serve
     _check(serve)
     check_chat_template(serve.chat_template)
-    name = serve.served_model_name or Path(spec.args.load or ".").resolve().name
+    name = serve.served_model_name or hub.model_name(spec.args.load or ".")
     api_key = serve.api_key if serve.api_key is not None else os.environ.get(API_KEY_VARIABLE)
     if api_key == "":
         raise UserError(f"the API key is empty (--api-key or {API_KEY_VARIABLE}); leave it out for no key")

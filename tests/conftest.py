@@ -1,5 +1,6 @@
 """Fixtures for tests that run the model inside the pytest process: one rank, on the CPU."""
 
+import gc
 import os
 import signal
 import sys
@@ -50,6 +51,23 @@ def pytest_configure():
     if worker and hasattr(os, "sched_setaffinity"):
         cpus = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cpus[int(worker.removeprefix("gw")) % len(cpus) :: count])
+
+
+def pytest_collection():
+    """Imports Megatron-core in the processes of a parallel run as a command does, before tests import it.
+
+    Else it loads torch's compiler.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        from ascendspeed.distributed import device
+
+        device.prepare("cpu")
+
+
+def pytest_collection_finish():
+    """Leaves the millions of objects of modules and tests out of garbage collections."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

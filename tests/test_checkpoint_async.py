@@ -112,9 +112,10 @@ def test_what_goes_wrong_behind_is_raised_in_front(tmp_path, monkeypatch):
     check(find_checkpoint(tmp_path), 4)
 
 
-def test_killed_behind_at_every_file_operation(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_behind_at_file_operations(tmp_path, monkeypatch, stride):
     small, ends = Model(2, 12, 5), []
-    for count in range(100):
+    for count in range(0, 100, stride):
         folder = tmp_path / str(count)
         save(folder, 1, model=small)
 

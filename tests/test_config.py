@@ -6,7 +6,7 @@ import types
 import typing
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ascendspeed.config import schema
@@ -44,6 +44,7 @@ runs = st.builds(Run, *map(any_of, (ModelConfig, ParallelConfig, OptimConfig, Da
 DEFAULT = Run(ModelConfig(), ParallelConfig(), OptimConfig(), DataConfig(), TrainConfig())
 
 
+@settings(max_examples=25)
 @given(runs)
 def test_round_trip_through_json(run):
     again = schema.from_dict(json.loads(json.dumps(schema.to_dict(run))))

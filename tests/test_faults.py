@@ -144,7 +144,7 @@ def half_way(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "lost", ["exp_avg", "rng", *(pytest.param(kind, marks=SLOW) for kind in ("master", "exp_avg_sq"))]
+    "lost", ["exp_avg", *(pytest.param(kind, marks=SLOW) for kind in ("rng", "master", "exp_avg_sq"))]
 )
 def test_control_what_is_lost_is_seen(whole, half_way, tmp_path, lost):
     """Control of the comparison: a resumed run that lost one part of its state has another curve."""
@@ -161,9 +161,8 @@ def test_control_what_is_lost_is_seen(whole, half_way, tmp_path, lost):
 # --- killed
 
 
-@pytest.mark.parametrize(
-    "behind", [pytest.param(False, marks=SLOW), True], ids=["at once", "behind the step"]
-)
+@SLOW
+@pytest.mark.parametrize("behind", [False, True], ids=["at once", "behind the step"])
 def test_killed_again_and_again(whole, tmp_path, behind):
     """Three kills in one run: in an iteration, and twice at a change of a file during a save."""
     dice = random.Random(behind)
@@ -280,7 +279,7 @@ def test_folders_that_are_no_shared_storage_are_known_before_iteration_1(tmp_pat
 
 @pytest.mark.parametrize(
     ("what", "who"),
-    [("term", 1), ("usr1", 0), pytest.param("term", 0, marks=SLOW), pytest.param("usr1", 1, marks=SLOW)],
+    [("usr1", 1), *(pytest.param(*case, marks=SLOW) for case in (("term", 1), ("usr1", 0), ("term", 0)))],
 )
 def test_a_signal_to_any_one_rank_saves_and_stops_all(whole, tmp_path, what, who):
     job = Job(tmp_path / "job", faults=[{"what": what, "rank": who, "step": 5}])
@@ -398,9 +397,9 @@ def test_a_port_that_is_taken_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("what", "behind"),
     [
-        ("no space", False),
-        ("small files", True),
-        pytest.param("no space", True, marks=SLOW),
+        ("no space", True),
+        pytest.param("small files", True, marks=SLOW),
+        pytest.param("no space", False, marks=SLOW),
         pytest.param("small files", False, marks=SLOW),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -111,12 +112,19 @@ def test_every_family_in_every_layout(tmp_path, kind):
     there_and_back(tmp_path, kind, LAYOUTS)
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("embed_split", [False, True])
+TRAINED_AS = [("INTERNLM", 2, 0), ("INTERNLM2", 4, 0), ("LLAMA2", 1, 2), ("INTERNLM", 1, 4)]
+SWITCHES = list(product(TRAINED_AS, [False, True], [1, 2], [False, True]))
+"""(model type, TP, WP), split embedding, version, interleaved pairs."""
+QUICK_SWITCHES = [s for s in SWITCHES if (TRAINED_AS.index(s[0]) + s[1] + s[2] + s[3]) % 4 == 0]
+"""Each combination of the switches, with one of the models; the others are slow."""
+
+
 @pytest.mark.parametrize(
-    ("model_type", "tp", "wp"),
-    [("INTERNLM", 2, 0), ("INTERNLM2", 4, 0), ("LLAMA2", 1, 2), ("INTERNLM", 1, 4)],
+    ("model_type", "tp", "wp", "embed_split", "version", "interleaved"),
+    [
+        pytest.param(*how, *switches, marks=[] if (how, *switches) in QUICK_SWITCHES else pytest.mark.slow)
+        for how, *switches in SWITCHES
+    ],
 )
 def test_every_switch_both_ways(tmp_path, model_type, tp, wp, embed_split, version, interleaved):
     """Uneven stages, version 1, either cut of the embedding, rotated pairs, weight parallel; read without

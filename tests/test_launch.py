@@ -313,9 +313,21 @@ def slow(tmp_path):
         os.kill(int(pid), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("script", [RECIPE, GENERATION])
-@pytest.mark.parametrize(("until", "env"), [("runner", {"FIRST": "1"}), ("launcher", {"SECOND": "1"})])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+FIRST, SECOND = ("runner", {"FIRST": "1"}), ("launcher", {"SECOND": "1"})
+SIGNALS = [(RECIPE, *FIRST, signal.SIGTERM), (GENERATION, *SECOND, signal.SIGINT)]
+OTHER_SIGNALS = [
+    (script, *moment, number)
+    for script in (RECIPE, GENERATION)
+    for moment in (FIRST, SECOND)
+    for number in (signal.SIGTERM, signal.SIGINT)
+    if (script, *moment, number) not in SIGNALS
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "until", "env", "number"),
+    [*SIGNALS, *(pytest.param(*values, marks=pytest.mark.slow) for values in OTHER_SIGNALS)],
+)
 def test_a_signal_before_there_are_ranks_ends_all(slow, script, until, env, number):
     process = slow(script, until, **env)
     assert alive(slow.log)  # control: it is seen

@@ -85,7 +85,16 @@ COUNTS = {  # of the published models, each once; 2.5 has the sizes of 2
 }
 
 
-@pytest.mark.parametrize("name", COUNTS)
+QUICK = {
+    min((n for n in COUNTS if PRESETS[n].family == family), key=COUNTS.__getitem__)
+    for family in {PRESETS[name].family for name in COUNTS}
+}
+"""The smallest model of each family; the other sizes are slow."""
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in COUNTS]
+)
 def test_known_counts(name):
     """Counts equal those computed by hand, and those of Hugging Face's class on the meta device."""
     model = PRESETS[name]

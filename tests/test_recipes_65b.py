@@ -186,6 +186,7 @@ def test_every_node_starts_the_recipe(slurm):
     assert not list(slurm.folder.glob(".sbatch*"))
 
 
+@pytest.mark.slow
 def test_another_recipe_values_and_flags(slurm):
     job = slurm.sbatch(str(RECIPES["zero"]), "--keep", "3", NPROC="16", MASTER_PORT="1234", MICRO_BATCH="1")
     assert job.wait(60) == 0

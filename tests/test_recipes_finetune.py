@@ -76,7 +76,9 @@ def test_internlm_and_adapters_in_packed_rows(resolved):
     assert resolved("internlm2_lora", LORA_TARGETS="wqkv wo").lora.lora_target_modules == ("wqkv", "wo")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if n else []) for n, name in enumerate(RECIPES)]
+)
 def test_values_from_outside_and_two_nodes(resolved, name):
     given = {
         "MODEL": "internlm2-1.8b",

@@ -48,6 +48,7 @@ def test_losses_and_norms_are_equal_to_the_bit(names, tmp_path):
         assert result[name] != result[name.partition(":")[0]], name
 
 
+@pytest.mark.slow
 def test_gradients_that_are_added_at_once_are_equal_to_kept_ones(tmp_path):
     """DeepSpeed's immediate_grad_update, which this project switches on."""
     (tmp_path / "kept.json").write_text('{"bf16": {"immediate_grad_update": false}}')

@@ -20,7 +20,7 @@ MODEL = ModelConfig(
 
 
 STEPS, DATA_SEED = 20, 7
-FEW_STEPS = 4
+FEW_STEPS = 3
 """Steps of a default test, which gives an engine the learning rate of each. Slow tests run all of them."""
 
 

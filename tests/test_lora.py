@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import launch, oracle
 from helpers.engines import DATA_SEED, RUN, Curve, micro_batches_of, worst
+from helpers.megatron_themes import by_layout
 from safetensors.torch import save_file
 
 from ascendspeed.checkpoint.discovery import open_checkpoint
@@ -100,6 +101,7 @@ def train(model: torch.nn.Module, vocab: int, steps: int = STEPS) -> Curve:
 
 
 def run(world: int, cases: dict[str, Any], folder: Path) -> dict[str, Curve]:
+    cases = {name: cases[name] for name in by_layout(cases)}
     job = {"run": schema.to_dict(RUN), "steps": STEPS, "data_seed": DATA_SEED, "cases": cases}
     return launch.ranks(world, "engine_worker.py", job, folder, timeout=1800)
 

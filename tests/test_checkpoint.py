@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import forkserver, launch
 from helpers.checkpoints import RUN, TWO, Layout, Model, check, run_at, save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -210,9 +210,7 @@ def test_keys_of_the_shard_metadata_stay(tmp_path):
 
 
 def test_two_processes(tmp_path):
-    context = multiprocessing.get_context("spawn")  # the parent may be a process group of its own already
-    workers = [context.Process(target=gloo_worker, args=(rank, tmp_path)) for rank in range(2)]
-    [w.start() for w in workers]
+    workers = [forkserver.start(gloo_worker, (rank, tmp_path), launch.environment()) for rank in range(2)]
     [w.join(60) for w in workers]
     assert [w.exitcode for w in workers] == [0, 0]
     assert [(tmp_path / f"rank{r}").read_text() for r in range(2)] == ["True", "True"]

@@ -339,7 +339,7 @@ def test_a_stopped_rank_is_named_and_nobody_stays(whole, tmp_path, who):
 
 
 @pytest.mark.parametrize(
-    ("what", "who"), [("kill", 1), *(pytest.param(w, r, marks=SLOW) for w, r in [("kill", 0), ("stop", 2)])]
+    ("what", "who"), [pytest.param(*case, marks=SLOW) for case in (("kill", 1), ("kill", 0), ("stop", 2))]
 )
 def test_a_lost_rank_is_known_to_ranks_that_never_hear_it(tmp_path, what, who):
     """Four of them: signs of life go by way of rank 0, and so does the word that one is gone."""

@@ -132,7 +132,11 @@ def tiny(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("entry", COMMANDS, ids=lambda entry: f"{entry['command']} {entry['words']}"[:70])
+@pytest.mark.parametrize(
+    "entry",
+    [pytest.param(e, marks=pytest.mark.slow if number % 3 else []) for number, e in enumerate(COMMANDS)],
+    ids=lambda entry: f"{entry['command']} {entry['words']}"[:70],
+)
 def test_a_command_line_resolves_as_it_did(entry, tmp_path, monkeypatch):
     # Which files exist is not the subject.
     monkeypatch.setattr("ascendspeed.inference.args.check_input_file", lambda path: None)

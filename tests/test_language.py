@@ -61,9 +61,16 @@ def parsed(path: Path) -> ast.Module:
 
 def docstrings(tree: ast.Module) -> list[tuple[int, str]]:
     """(line, text) of the docstrings of a module, its classes and its functions."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
-    return [(node.body[0].lineno, text) for node in nodes if (text := ast.get_docstring(node))]
+    texts, nodes = [], [tree]
+    while nodes:  # statements only: expressions, most of a tree, have none
+        node = nodes.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            text := ast.get_docstring(node)
+        ):
+            texts.append((node.body[0].lineno, text))
+        for block in ("body", "orelse", "finalbody", "handlers"):
+            nodes += [child for child in getattr(node, block, None) or () if isinstance(child, ast.AST)]
+    return sorted(texts)
 
 
 def retired_words(text: str) -> list[str]:

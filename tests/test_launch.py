@@ -230,7 +230,9 @@ def test_a_signal_to_the_recipe_reaches_the_ranks(recipe, number, word):
         ("75 0", "3", 75, 1),  # somebody wanted it to stop
     ],
 )
-@pytest.mark.parametrize("hides", ["", "yes"])  # as torchrun, which ends with 1 whatever its ranks ended with
+@pytest.mark.parametrize(
+    "hides", ["", pytest.param("yes", marks=pytest.mark.slow)]
+)  # as torchrun, which ends with 1 whatever its ranks ended with
 def test_restarts(recipe, codes, restarts, code, starts, hides):
     if hides:
         codes = codes.replace("247", "69").replace(" 0", " 75")

@@ -331,7 +331,9 @@ def killed(before: int, *, among: dict[Any, tuple[str, ...]], work: Callable[[],
         os._exit(1)
 
 
-@pytest.mark.parametrize("older", [True, False], ids=["over an older one", "the first one"])
+@pytest.mark.parametrize(
+    "older", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["over an older one", "the first one"]
+)
 def test_a_kill_never_loses_the_adapters(older, work):
     """Killed before every rename and deletion, and again in the next call: a complete folder remains."""
     target = work / "save" / "adapter"

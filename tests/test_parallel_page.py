@@ -79,7 +79,9 @@ def saved(model, layers: int, here) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if n % 3 else []) for n, name in enumerate(SIZES)]
+)
 def test_activations_are_counted(cpu, name):
     """Saved by autograd without fused kernels, in a narrower layer of the same proportions."""
     whole = PRESETS[name]

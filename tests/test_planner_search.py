@@ -27,7 +27,9 @@ def legal(words: str, devices: int) -> list[search.Candidate]:
     return search.candidates(base, typed, devices, H200)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if n else []) for n, name in enumerate(CASES)]
+)
 def test_commands_are_legal(name, monkeypatch):
     """Training accepts every command that a search can print, and reads the planned run from it."""
     words, devices, memory = CASES[name]

@@ -172,6 +172,7 @@ def slurm(tmp_path):
     return Slurm(tmp_path, 4)
 
 
+@pytest.mark.slow
 def test_every_node_starts_the_recipe(slurm):
     job = slurm.sbatch()
     assert (job.wait(60), job.stdout.read()) == (0, "")
@@ -203,6 +204,7 @@ def test_the_code_of_a_node_is_that_of_the_job(slurm):
     assert slurm.sbatch(CODE="1").wait(60) == 1
 
 
+@pytest.mark.slow
 def test_the_signal_before_the_end_reaches_the_ranks_of_every_node(slurm):
     """To the batch script only, as by `--signal=B:USR1@...`; launchers must live until ranks have saved."""
     job = slurm.sbatch(LASTS="yes", RESTARTS="3")

@@ -1,6 +1,5 @@
 """Memory of one rank: its real engine is built and takes two steps, on fake tensors or on real ones."""
 
-import contextlib
 import gc
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ascendspeed.config.schema import Run
 from ascendspeed.distributed.device import Device
-from ascendspeed.planning import fake_world
+from ascendspeed.planning import balanced_experts, fake_world
 from ascendspeed.planning.allocations import AllocationTracker, by_category
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "working")
@@ -57,13 +56,13 @@ def measure(
     `engine_of(run, grid)` builds the engine.
     """
     tracker = AllocationTracker(granularity)
-    tensors = fake_world.fake_tensors(run.parallel.deepspeed) if fake else contextlib.nullcontext()
+    tensors = (fake_world.fake_tensors if fake else fake_world.real_tensors)(run.parallel.deepspeed)
     with fake_world.joined(device, run.parallel, world, rank) as grid:
         count = micro_batches(run, grid.dp)
         run = replace(
             run, train=replace(run.train, global_batch_size=run.train.micro_batch_size * grid.dp * count)
         )
-        with tensors, tracker:
+        with tensors, balanced_experts.balanced(run.model), tracker:
             tracker.place = "start"
             engine = engine_of(run, grid)
             steps = Steps(run, engine, tracker)

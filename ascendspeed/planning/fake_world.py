@@ -44,6 +44,18 @@ class KnownValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class FiniteValues(TorchDispatchMode):
+    """Answers for reading a byte or a fraction of a real tensor, as `KnownValues` does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Runs an operation, or answers it."""
+        if func is aten._local_scalar_dense.default:
+            dtype = args[0].dtype
+            if dtype == torch.uint8 or dtype.is_floating_point:
+                return _value_of(dtype)
+        return func(*args, **(kwargs or {}))
+
+
 def _value_of(dtype: torch.dtype) -> bool | int | float:
     if dtype == torch.bool:
         return False
@@ -85,6 +97,19 @@ def fake_tensors(deepspeed: bool) -> Iterator[None]:
         _clear_caches()
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(KnownValues())
+        yield
+
+
+@contextlib.contextmanager
+def real_tensors(deepspeed: bool) -> Iterator[None]:
+    """Tensors with memory, whose contents are undefined: no update is skipped for them.
+
+    Weights without a file, and what other ranks would have sent, are uninitialized.
+    """
+    with contextlib.ExitStack() as stack:
+        for target, name, value in fake_deepspeed.finite_gradients() if deepspeed else ():
+            stack.enter_context(patch.object(target, name, value))
+        stack.enter_context(FiniteValues())
         yield
 
 

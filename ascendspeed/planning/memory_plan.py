@@ -46,16 +46,21 @@ def plan_memory(run: Run, devices: int, device: Device, kernels: KernelChoice = 
 
 
 def plan_rank(
-    run: Run, devices: int, rank: int, device: Device, kernels: KernelChoice = "accelerator"
+    run: Run,
+    devices: int,
+    rank: int,
+    device: Device,
+    kernels: KernelChoice = "accelerator",
+    *,
+    fake: bool = True,
 ) -> RankMemory:
-    """Executes the engine of one rank on fake tensors."""
+    """Executes the engine of one rank on fake tensors; `fake=False`: on real ones of the CPU."""
     on_accelerator = kernels == "accelerator"
     imitation = accelerator_kernels.as_accelerator() if on_accelerator else contextlib.nullcontext()
     granularity = DEVICE_BLOCK if on_accelerator else 1
     with imitation:
-        return fake_step.measure(
-            run, device, devices, rank, builder(device, kernels_of(run, kernels)), granularity=granularity
-        )
+        build = builder(device, kernels_of(run, kernels))
+        return fake_step.measure(run, device, devices, rank, build, fake=fake, granularity=granularity)
 
 
 def kernels_of(run: Run, kernels: KernelChoice) -> Kernels:

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from ascendspeed.cli import train_args
+from ascendspeed.config.schema import ParallelConfig
 from ascendspeed.models import estimates
 from ascendspeed.planning import command, report, search
 from ascendspeed.planning.device_table import DEVICES, LATENCY, rates_of
 from ascendspeed.planning.links import Group, gather_seconds, reduce_seconds, send_seconds
 from ascendspeed.planning.time_estimate import estimate
 from ascendspeed.utils.errors import UserError
+from benchmarks import device_growth
 
 H200 = rates_of("h200")
 CASES = {
@@ -133,3 +135,28 @@ def test_bubble():
 
 def test_sources():
     assert all(rates.source and rates.ceiling_tflops <= rates.tflops for rates in DEVICES.values())
+
+
+def test_growth_table_is_current():
+    """The pages have the rows of the script; InternEvo's share on 1,024 devices is the published 89 %."""
+    lines = device_growth.rows(device_growth.speeds())
+    assert lines[-1].endswith("| 3,625 (89%) |")
+    for page, header in device_growth.PAGES.items():
+        text = page.read_text()
+        assert device_growth.with_rows(text, header, lines) == text
+        assert device_growth.with_rows(text, header, lines[:-1]) != text  # control
+    assert device_growth.PLOT.exists()
+
+
+def test_optimizer_instances():
+    """By hand, 16 replicas in two nodes: gradients within a node, a share of them between, weights within."""
+    words = "--model internlm-7b --bf16 --use-distributed-optimizer --devices 16"
+    alone, halves = (
+        estimate(command.resolve([*words.split(), *more.split()])[1], 16, H200)
+        for more in ("", "--num-distributed-optimizer-instances 2")
+    )
+    count = estimates.parameters_per_device(command.resolve(words.split())[1].model, ParallelConfig())
+    inner, outer = Group(8, 1), Group(2, 8)
+    expected = gather_seconds(6 * count, inner, H200) + reduce_seconds(4 * count / 8, outer, H200)
+    assert halves.replicas == pytest.approx(expected, rel=1e-3)
+    assert halves.update == pytest.approx(2 * alone.update)

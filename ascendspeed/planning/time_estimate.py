@@ -87,7 +87,8 @@ def estimate(run: Run, devices: int, device: DeviceRates) -> TimeEstimate:
     ) / (device.memory_gb_s * 1e9)
     messages = _exchange_seconds(run, devices, tokens, factor, device)
     replicas = _replica_seconds(run, parameters * trained, dp * cp, count, micro, device)
-    shards = dp * cp if stage or parallel.use_distributed_optimizer else 1
+    sharing = dp * cp // parallel.num_distributed_optimizer_instances
+    shards = sharing if stage or parallel.use_distributed_optimizer else 1
     bubble = (pp - 1) / parallel.num_virtual_stages_per_pipeline_rank * (micro + messages)
     return TimeEstimate(
         compute=count * micro,
@@ -145,6 +146,12 @@ def _replica_seconds(
     gradients, weights = 4.0 * parameters, 2.0 * parameters
     scatter, gather = gather_seconds(gradients, group, device), gather_seconds(weights, group, device)
     hidden = BACKWARD * micro
+    if (instances := parallel.num_distributed_optimizer_instances) > 1:
+        sharing = replicas // instances
+        inner = Group(sharing, group.stride)
+        between = reduce_seconds(gradients / sharing, Group(instances, group.stride * sharing), device)
+        scatter = gather_seconds(gradients, inner, device) + between
+        gather = gather_seconds(weights, inner, device)
     if not parallel.deepspeed:
         if not parallel.use_distributed_optimizer:
             scatter, gather = reduce_seconds(gradients, group, device), 0.0

@@ -82,23 +82,23 @@ def test_fused_kernels_of_an_npu(monkeypatch):
 
 def test_auto_takes_the_cpu_when_there_is_nothing_else(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device._choose("auto") == "cpu"
+    assert device.choose("auto") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert device._choose("auto") == "cuda"
+    assert device.choose("auto") == "cuda"
 
 
 def test_an_npu_without_its_driver_is_passed_over(monkeypatch):
     fake_npu(monkeypatch, available=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device._choose("auto") == "cpu"
+    assert device.choose("auto") == "cpu"
     with pytest.raises(UserError, match="--device npu: no such device here"):
-        device._choose("npu")
+        device.choose("npu")
 
 
 def test_a_device_that_is_not_there_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"--device cuda: no such device here \(torch .* sees: cpu\)"):
-        device._choose("cuda")
+        device.choose("cuda")
 
 
 def test_more_processes_than_devices_is_an_error(monkeypatch):

@@ -57,7 +57,8 @@ def test_the_published_values_on_32_devices(typed, name):
     assert (optim.adam_beta1, optim.adam_beta2, optim.adam_eps, optim.weight_decay) == (0.9, 0.95, 1e-8, 1e-2)
     assert (optim.dtype, optim.initial_loss_scale) == ("bf16", 2**19)
     assert (run.train.load, run.train.save) == ("./ckpt", "./ckpt")
-    assert run.train.recompute_granularity == "full"
+    recomputation = run.train.recompute_granularity, run.train.auto_recompute_device_size
+    assert recomputation == (("full", None) if name == "zero" else ("none", 55296))
     assert run.train.use_fused_rotary_pos_emb
     assert run.train.mlp_layer_fusion
 
@@ -77,7 +78,7 @@ def test_values_from_the_environment_and_flags_at_the_end(typed):
     run = resolved(typed("ptd", "--train-iters", "7", TP="4", PP="2", SAVE="there", DEVICE_MEMORY=""), 8)
     assert (run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size) == (4, 2)
     assert (run.train.load, run.train.save, run.train.train_iters) == ("there", "there", 7)
-    assert run.train.recompute_granularity == "none"
+    assert (run.train.recompute_granularity, run.train.auto_recompute_device_size) == ("none", None)
     run = resolved(
         typed(
             "ptd",

@@ -82,9 +82,6 @@ TRAIN: Table = {  # checked against the `Run`
     "--auto-recompute-profiling-step": Ignored("nothing is profiled", int),
     "--checkpoint-activations": Alias(FULL_RECOMPUTATION, yields_to=("selective",), note=True),
     "--deepspeed-activation-checkpointing": Alias(FULL_RECOMPUTATION, yields_to=("selective",), note=True),
-    "--auto-recompute-device-size": Alias(
-        FULL_RECOMPUTATION, int, ("selective",), note=True, remark=", until a memory planner exists"
-    ),
     "--no-pack": Alias("--packing none", exclusive=True),
     "--num-layers-per-virtual-pipeline-stage": Converted(
         "`--num-virtual-stages-per-pipeline-rank`, given by the layers of a virtual stage", int

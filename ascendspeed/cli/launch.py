@@ -117,12 +117,15 @@ def default_environment(flags: Sequence[str]) -> dict[str, str]:
     return variables
 
 
-def check_hostfile(path: str) -> None:
-    """Raises UserError for a HOSTFILE that cannot be read, names no host, or has a malformed line.
+def check_hostfile(path: str) -> dict[str, int]:
+    """Returns the slots of every host of a HOSTFILE.
+
+    Raises UserError for one that cannot be read, names no host, or has a malformed line.
 
     DeepSpeed's launcher would train on this node alone without a file, and fail with a traceback otherwise.
     """
     hosts: dict[str, int] = {}
+    slots: dict[str, int] = {}
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, ValueError) as error:
@@ -139,8 +142,10 @@ def check_hostfile(path: str) -> None:
                 f"HOSTFILE={path}, line {number}: {match[1]} is in line {hosts[match[1]]} already"
             )
         hosts[match[1]] = number
+        slots[match[1]] = int(match[2])
     if not hosts:
         raise UserError(f"HOSTFILE={path} names no host; it needs lines of `name slots=8`")
+    return slots
 
 
 def _accelerator(environment: Mapping[str, str], script: Sequence[str]) -> dict[str, str]:
@@ -209,20 +214,41 @@ def _number(
     return int(text)
 
 
-def _check_training(flags: Sequence[str], plan: LaunchPlan) -> None:
+def _check_training(flags: Sequence[str], plan: LaunchPlan) -> bool:
     """Raises UserError for flags that contradict each other and for missing inputs; records it in the log.
+
+    Returns true for a dry run.
 
     Inputs of the nodes of a HOSTFILE are not checked here: this node may have none of them.
     """
     from ascendspeed.cli import train_args  # here, so that answers do not wait for it
 
     try:
-        run, _ = train_args.resolve(flags, plan.world)
-        if not plan.remote_ranks:
+        line = train_args.parse(flags)
+        is_dry = line.options.rehearsal.dry_run
+        run, _ = train_args.resolve_line(line, plan.world)
+        if is_dry or not plan.remote_ranks:
             train_args.check_inputs(run)
     except UserError as error:
         RunRecord([TRAINING, *flags]).write_error(f"error: {error}")
         raise
+    return is_dry
+
+
+def _rehearse(script: str, flags: Sequence[str], environment: Mapping[str, str], world: int | None) -> None:
+    """Replaces this process by the dry run of a training script for the processes that would be started."""
+    hostfile = environment.get("HOSTFILE")
+    if world is None and hostfile:
+        nodes = _number(environment, "NNODES", at_least=1)
+        most = _number(environment, "NPROC", at_least=1)
+        slots = list(check_hostfile(hostfile).values())[:nodes]
+        world = sum(min(count, most or count) for count in slots)
+    elif world is None:
+        import torch
+
+        world = max(1, torch.accelerator.device_count())
+    os.environ["WORLD_SIZE"] = str(world)
+    os.execvp("python", ("python", *(("-m",) if is_module((script,)) else ()), script, *flags))
 
 
 def _check_inference(script: str, flags: Sequence[str], plan: LaunchPlan) -> None:
@@ -259,7 +285,8 @@ def start(script: str, flags: Sequence[str], quiet: bool) -> int:
     plan = LaunchPlan.from_environment(os.environ, (script, *flags), quiet)
     if not {"--help", "-h", "--version"} & set(flags):
         if script in TRAINING_PROGRAMS:
-            _check_training(flags, plan)
+            if _check_training(flags, plan):
+                _rehearse(script, flags, os.environ, plan.world)
         elif plan.supervised:
             _check_inference(script, flags, plan)
     if not plan.supervised:

@@ -53,13 +53,11 @@ class Alias:
     exclusive: bool = False
     """Another value of the current flag is an error."""
     note: bool = False
-    remark: str = ""
-    """Continuation of the documentation's text."""
 
     @property
     def effect(self) -> str:
         """Text of the documentation."""
-        return f"same as `{self.flags}`{self.remark}"
+        return f"same as `{self.flags}`"
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,14 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Rehearsal:
+    """Rehearsal of the run."""
+
+    dry_run: bool = False
+    """Check flags, data, weights and folders, plan the memory of a device, and stop: nothing is started."""
+
+
+@dataclass(frozen=True)
 class TrainCommand:
     """Trains InternLM and related models with Megatron-core or DeepSpeed.
 
@@ -54,6 +62,7 @@ class TrainCommand:
     parallel: FlagCreatePairsOff[ParallelConfig] = field(default_factory=ParallelConfig)
     lora: FlagCreatePairsOff[schema.LoraConfig] = field(default_factory=schema.LoraConfig)
     preference: FlagCreatePairsOff[schema.PreferenceConfig] = field(default_factory=schema.PreferenceConfig)
+    rehearsal: FlagCreatePairsOff[Rehearsal] = field(default_factory=Rehearsal)
     model: ModelConfig = field(default_factory=lambda: families.preset(DEFAULT_MODEL))
 
 
@@ -64,8 +73,12 @@ def resolve(args: Sequence[str], world: int | None) -> tuple[Run, list[str]]:
 
     Raises UserError for everything that can be known to be wrong before a process group exists.
     """
-    line = command.parse(TrainCommand, args, TRAIN, TrainCommand.__doc__ or "", dumps_later=True)
-    return resolve_line(line, world)
+    return resolve_line(parse(args), world)
+
+
+def parse(args: Sequence[str]) -> CommandLine[TrainCommand]:
+    """Parses the words of a command line of training."""
+    return command.parse(TrainCommand, args, TRAIN, TrainCommand.__doc__ or "", dumps_later=True)
 
 
 def resolve_line(line: CommandLine[Any], world: int | None) -> tuple[Run, list[str]]:
@@ -90,7 +103,7 @@ def resolve_line(line: CommandLine[Any], world: int | None) -> tuple[Run, list[s
     if model.num_experts:
         notes.append(_balancing_note(model))
     _check_data(data, line.typed)
-    train = _length_of(train, line.typed)
+    train = _length_of(_without_auto_recompute(train, notes), line.typed)
     validation.check_preference(options.preference, line.typed)
     model = reward_model.resolve(options.preference, data, model, train.load)
     data = reward_model.data_of(data, model)
@@ -199,6 +212,18 @@ def _virtual_stages(
             f"{num_layers / max(1, pp):g}; choose {choices}"
         )
     return replace(parallel, num_virtual_stages_per_pipeline_rank=per_rank // layers_per_stage)
+
+
+def _without_auto_recompute(train: TrainConfig, notes: list[str]) -> TrainConfig:
+    """Returns `train` without --auto-recompute-device-size if another flag says what is recomputed."""
+    size = train.auto_recompute_device_size
+    if size is None or train.recompute_granularity == "none":
+        return train
+    notes.append(
+        f"--auto-recompute-device-size {size} has no effect beside --recompute-granularity "
+        f"{train.recompute_granularity}"
+    )
+    return replace(train, auto_recompute_device_size=None)
 
 
 def _length_of(train: TrainConfig, typed: frozenset[str]) -> TrainConfig:

@@ -67,7 +67,8 @@ RANGES: dict[str, dict[Rule, str]] = {
     },
     "train": {
         AT_LEAST_1: "micro_batch_size global_batch_size train_iters train_samples log_interval eval_iters "
-        "max_skipped_steps save_interval eval_interval exit_interval keep recompute_num_layers",
+        "max_skipped_steps save_interval eval_interval exit_interval keep recompute_num_layers "
+        "auto_recompute_device_size",
         BELOW_2_31: "micro_batch_size global_batch_size train_iters",
         SEED: "seed",
         SHARE: "attention_dropout hidden_dropout label_smoothing ema_decay",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ascendspeed.config.schema import Run
-from ascendspeed.planning import command, report, search
+from ascendspeed.planning import auto_recompute, command, report, search
 from ascendspeed.planning.command import PlanCommand, PlanOptions
 from ascendspeed.planning.device_table import rates_of
 from ascendspeed.planning.time_estimate import estimate
@@ -35,7 +35,11 @@ def main() -> int:
 def _plan(args: Sequence[str]) -> int:
     """Plans one layout."""
     options, run, notes = command.resolve(args)
-    plan = _executor(options)(run)
+    execute = _executor(options)
+    if budget := run.train.auto_recompute_device_size:
+        choice = auto_recompute.choose(run, options.devices, execute)
+        run, notes = choice.applied(run), [*notes, choice.text(budget)]
+    plan = execute(run)
     time = estimate(run, options.devices, rates_of(options.device_type))
     if options.json:
         print(json.dumps(report.as_json(plan, time, options)))
@@ -56,6 +60,10 @@ def _search(args: Sequence[str], options: PlanOptions) -> int:
         words.append("--bf16")
         logger.info("note: neither --bf16 nor --fp16 is given: --bf16 is added")
     base, typed = command.resolve_base(words)
+    if base.train.auto_recompute_device_size:
+        raise errors.UserError(
+            f"{auto_recompute.FLAG}: --search chooses the recomputation itself; leave the flag out"
+        )
     legal = search.candidates(base, typed, options.devices, rates_of(options.device_type))
     fitting, executed = search.fastest_that_fit(legal, options, _executor(options))
     if options.json:

@@ -2,10 +2,13 @@
 
 import json
 import logging
+import os
 import sys
+from collections.abc import Sequence
 
 from ascendspeed.cli.command import check_device_precision, world_size
-from ascendspeed.cli.train_args import check_inputs, resolve
+from ascendspeed.cli.train_args import check_inputs, parse, resolve_line
+from ascendspeed.config.schema import Run
 from ascendspeed.utils import errors
 from ascendspeed.utils.run_record import RunRecord
 
@@ -15,8 +18,11 @@ logger = logging.getLogger("ascendspeed.pretrain")
 def main(record: RunRecord | None = None) -> int:
     """Command line -> device -> data -> model and weights -> engine -> training loop."""
     record = record or RunRecord(sys.argv)
-    run, notes = resolve(sys.argv[1:], world_size())
+    line = parse(sys.argv[1:])
+    run, notes = resolve_line(line, world_size())
     check_inputs(run)
+    if line.options.rehearsal.dry_run:
+        return dry_run(run, notes)
 
     from ascendspeed.distributed import device as devices
 
@@ -25,6 +31,7 @@ def main(record: RunRecord | None = None) -> int:
     # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
     from ascendspeed.config.schema import to_dict
     from ascendspeed.distributed import fused_kernels, onednn, process_groups
+    from ascendspeed.planning import auto_recompute
     from ascendspeed.run_report.page import RunPage
     from ascendspeed.training import data_setup, engines, input_record, loop, reference, setup, trackers
     from ascendspeed.training.fault_tolerance import RunMonitor
@@ -62,6 +69,7 @@ def main(record: RunRecord | None = None) -> int:
             logger.info(f"note: {note}")
         run, batches = data_setup.open_data(run, grid)
         run = input_record.with_inputs(run, grid)
+        run, choice = auto_recompute.apply(run, grid, device)
         settings = json.dumps(to_dict(run))
         logger.info(f"run: {settings}", extra={"terminal": f"run: all settings are in {log.path}"})
         build = engines.engine_builder(run, grid, device, kernels)
@@ -70,6 +78,7 @@ def main(record: RunRecord | None = None) -> int:
             step = start.state.step
             log.add_sinks([MetricsFile(run.train.log_dir, step), *trackers.open_trackers(run, step)])
             log.add_sinks([RunPage(run.train.log_dir)])
+            log.add_sinks([auto_recompute.PeakCheck(choice, device.kind, step)] if choice else [])
         engine = build(start.tensors)
         if start.resume:
             engine.restore(start.resume)
@@ -77,6 +86,25 @@ def main(record: RunRecord | None = None) -> int:
         loop.train(run, grid, device, engine, batches, log, start, watch)
     process_groups.destroy()
     return watch.exit_code
+
+
+def dry_run(run: Run, notes: Sequence[str]) -> int:
+    """Checks a run without starting it; only the first of several processes does."""
+    if int(os.environ.get("RANK", "0")):
+        return 0
+    from ascendspeed.distributed import device as devices
+
+    choice = run.train.device
+    on_cpu = choice == "cpu" or (choice == "auto" and devices.choose(choice) == "cpu")
+    device = devices.prepare("cpu")
+    from ascendspeed.planning import rehearsal
+
+    if on_cpu:
+        check_device_precision(run.optim.fp16, device)
+    for note in notes:
+        logger.info(f"note: {note}")
+    rehearsal.rehearse(run, world_size(), device, "cpu" if on_cpu else "accelerator")
+    return 0
 
 
 def run_command() -> None:

@@ -403,6 +403,9 @@ class TrainConfig:
     recompute_num_layers: int = 1
     """Layers in a group (uniform), or layers of every (virtual) pipeline stage that are recomputed
     (block)."""
+    auto_recompute_device_size: int | None = None
+    """MiB of one device: recompute as few layers as fit into it by the planner's count, which leaves out
+    1 to 2 GiB of the device's libraries. --recompute-granularity full or selective overrides it."""
     load: str | None = None
     """Training checkpoint, converted weights, or Hugging Face directory to start from."""
     save: str | None = None

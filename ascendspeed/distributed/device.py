@@ -112,7 +112,7 @@ def prepare(choice: str = "auto", backend: str = "auto", deterministic: bool = F
     if deterministic:
         _make_deterministic()
     suppress_megatron_warnings()
-    kind = _choose(choice)
+    kind = choose(choice)
     index = 0 if kind == "cpu" else int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "npu":
         # Takes effect on import: torch.cuda and nccl become npu and hccl, but not the names of tensor types.
@@ -193,7 +193,11 @@ def _make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _choose(choice: str) -> str:
+def choose(choice: str) -> str:
+    """The kind of device that `choice` selects here: npu, cuda or cpu.
+
+    Raises `UserError` if the requested device is not available.
+    """
     available = {
         "npu": importlib.util.find_spec("torch_npu") is not None,
         "cuda": torch.cuda.is_available(),

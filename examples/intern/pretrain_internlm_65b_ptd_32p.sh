@@ -36,7 +36,7 @@ value --lr-decay-iters LR_DECAY_ITERS 50000
 fixed --lr-warmup-fraction 0.01 --weight-decay 1e-2 --clip-grad 1.0
 fixed --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8
 fixed --initial-loss-scale 524288                                       # of fp16: 2^19
-optional --auto-recompute-device-size DEVICE_MEMORY 55296               # MiB; recomputes all layers, as no planner exists yet; empty: none
+optional --auto-recompute-device-size DEVICE_MEMORY 55296               # MiB; recomputes as few layers as fit; empty: none
 
 value --eval-interval EVAL_INTERVAL 1000
 value --eval-iters EVAL_ITERS 10                                        # global batches per evaluation

@@ -2,9 +2,12 @@
 
 import dataclasses
 import shlex
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
+from helpers import launch, tiny_run
 
 from ascendspeed.cli import train_args
 from ascendspeed.config.schema import ParallelConfig
@@ -17,6 +20,7 @@ from ascendspeed.utils.errors import UserError
 from benchmarks import device_growth
 
 H200 = rates_of("h200")
+TOKENIZER = "--tokenizer-name-or-path $TOKENIZER_PATH"
 CASES = {
     "7B on 8": ("--model internlm2-7b --bf16 --global-batch-size 256", 8, 64),
     "20B on 8": ("--model internlm2-20b --bf16 --global-batch-size 256", 8, 64),
@@ -160,3 +164,32 @@ def test_optimizer_instances():
     expected = gather_seconds(6 * count, inner, H200) + reduce_seconds(4 * count / 8, outer, H200)
     assert halves.replicas == pytest.approx(expected, rel=1e-3)
     assert halves.update == pytest.approx(2 * alone.update)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_the_printed_command_starts(name, tmp_path):
+    """The first command of a search, with a tiny model and 8 layers: trained on 8 processes, dry on 32."""
+    words, devices, memory = CASES[name]
+    search_words = ["--devices", devices, "--device-memory", memory, "--search", "--top", 1]
+    done = launch.script("tools/plan.py", *words.split(), *search_words, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = words.split()[1]
+    line = done.stdout.splitlines()[-1].replace(f" {model} ", f" {model.split('-')[0]}-tiny ")
+    line = line.replace("$DATA", str(tiny_run.token_pair(tmp_path))).replace(TOKENIZER, "")
+    sizes = "--num-layers 8 --seq-length 32 --global-batch-size 64 --train-iters 1 --device cpu"
+    words = f"{line} {sizes} --log-dir {tmp_path}".split("pretrain_intern.py")
+    launcher = f"torchrun --master_port {launch.free_port()} --nproc_per_node 8"
+    if devices > 8:
+        launcher, words[1] = f"WORLD_SIZE={devices} {sys.executable}", f"{words[1]} --dry-run"
+    variables = words[0].partition("torchrun")[0]
+    started = subprocess.run(
+        ["bash", "-c", f"{variables}{launcher} pretrain_intern.py{words[1]}"],
+        cwd=launch.ROOT,
+        env=launch.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert started.returncode == 0, started.stderr[-3000:]
+    expected = "the run can start" if devices > 8 else "iteration        1/       1"
+    assert expected in started.stdout

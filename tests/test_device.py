@@ -35,6 +35,8 @@ def fake_npu(monkeypatch, available: bool = True) -> list[str]:
         ("torch_npu.contrib.transfer_to_npu", transfer),
     ):
         monkeypatch.setitem(sys.modules, name, module)
+    loaded = sys.modules.get("megatron.core.jit") or types.ModuleType("megatron.core.jit")
+    monkeypatch.setitem(sys.modules, "megatron.core.jit", loaded)
     monkeypatch.setattr(
         device.importlib, "import_module", lambda name: calls.append(name) or sys.modules[name]
     )

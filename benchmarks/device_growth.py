@@ -6,6 +6,7 @@ python benchmarks/device_growth.py
 Nothing of it was measured by this project.
 """
 
+import argparse
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,6 +135,9 @@ def with_rows(page: str, header: str, lines: list[str]) -> str:
 
 def main() -> None:
     """Writes the table into both pages, and the plot."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     estimated = speeds()
     for page, header in PAGES.items():
         write_file(page, with_rows(page.read_text(), header, rows(estimated)))

@@ -26,6 +26,7 @@ def replaced(monkeypatch, tmp_path):
     monkeypatch.setattr(launch.os, "execvp", execvp)
 
     def go(*flags: str, **environment: str):
+        monkeypatch.setenv("WORLD_SIZE", "1")  # so that it is unset afterwards: the launcher sets it
         for name in (*recipes.GIVEN, "WORLD_SIZE"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():

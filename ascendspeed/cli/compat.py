@@ -95,6 +95,8 @@ TRAIN: Table = {  # checked against the `Run`
     "--untie-embeddings-and-output-weights": MustAgree(
         "the embeddings of the model are not tied", mismatches=lambda run, _: _tied_embeddings(run.model)
     ),
+    "--profiling": Alias("--profile"),
+    "--use-pytorch-profiler": Ignored("torch.profiler is the only profiler", note=False),
     "--exit-duration": Renamed("--exit-duration-in-mins"),
     "--lora-r": Renamed("--lora-rank"),
 }

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from ascendspeed.cli.command import check_precision
+from ascendspeed.cli.observation_checks import check_profile
 from ascendspeed.cli.optimizer_checks import check_muon, check_safeguards
 from ascendspeed.cli.parser import flag_of
 from ascendspeed.config import batch_schedule, lr_schedule, schema
@@ -72,7 +73,7 @@ RANGES: dict[str, dict[Rule, str]] = {
         BELOW_2_31: "micro_batch_size global_batch_size train_iters",
         SEED: "seed",
         SHARE: "attention_dropout hidden_dropout label_smoothing ema_decay",
-        NOT_NEGATIVE: "z_loss_coeff rollback_on_spike",
+        NOT_NEGATIVE: "z_loss_coeff rollback_on_spike profile_step_start",
         POSITIVE: "train_epochs exit_duration_in_mins distributed_timeout_minutes",
         A_YEAR: "distributed_timeout_minutes",
     },
@@ -102,6 +103,7 @@ def check_run(run: Run, world: int | None) -> None:
     _check_engine(run.parallel)
     check_muon(run)
     check_safeguards(run)
+    check_profile(run.train)
     if world is not None:
         _check_world(run, world)
     _check_recompute(run)

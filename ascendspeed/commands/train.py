@@ -33,7 +33,16 @@ def main(record: RunRecord | None = None) -> int:
     from ascendspeed.distributed import fused_kernels, onednn, process_groups
     from ascendspeed.planning import auto_recompute
     from ascendspeed.run_report.page import RunPage
-    from ascendspeed.training import data_setup, engines, input_record, loop, reference, setup, trackers
+    from ascendspeed.training import (
+        data_setup,
+        engines,
+        input_record,
+        loop,
+        profiling,
+        reference,
+        setup,
+        trackers,
+    )
     from ascendspeed.training.fault_tolerance import RunMonitor
     from ascendspeed.training.metrics_file import MetricsFile
     from ascendspeed.training.metrics_log import MetricsLogger
@@ -79,11 +88,13 @@ def main(record: RunRecord | None = None) -> int:
             log.add_sinks([MetricsFile(run.train.log_dir, step), *trackers.open_trackers(run, step)])
             log.add_sinks([RunPage(run.train.log_dir)])
             log.add_sinks([auto_recompute.PeakCheck(choice, device.kind, step)] if choice else [])
+        observes = run.train.profile or run.train.record_memory_history
+        profiler = profiling.StepProfiler(run, grid, device) if observes else None
         engine = build(start.tensors)
         if start.resume:
             engine.restore(start.resume)
         reference.attach(run, grid, engine, batches, start)
-        loop.train(run, grid, device, engine, batches, log, start, watch)
+        loop.train(run, grid, device, engine, batches, log, start, watch, profiler)
     process_groups.destroy()
     return watch.exit_code
 

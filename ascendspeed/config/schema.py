@@ -467,6 +467,19 @@ class TrainConfig:
     no_gradient_accumulation_fusion: bool = False
     """Add weight gradients to their fp32 sums in a pass of their own, not in the product that makes them
     (bf16 on CUDA)."""
+    profile: bool = False
+    """Trace a few iterations with torch.profiler, into profile in --log-dir, with a summary of the time by
+    kind."""
+    profile_step_start: int = 10
+    """Completed iterations after which the profile begins."""
+    profile_step_end: int = 12
+    """Completed iterations after which the profile ends."""
+    profile_ranks: tuple[int, ...] = ()
+    """Ranks to trace; none given: all."""
+    record_memory_history: bool = False
+    """Record every allocation on a CUDA device, and write --memory-snapshot-path at the end of the run."""
+    memory_snapshot_path: str = "snapshot.pickle"
+    """File for --record-memory-history, for pytorch.org/memory_viz; each other rank has one of its own."""
     max_skipped_steps: int = 10
     """Stop after this many consecutive skipped iterations (overflow or NaN)."""
 

@@ -86,6 +86,25 @@ class Device:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return getattr(torch, self.kind).max_memory_allocated()
 
+    @property
+    def has_memory_history(self) -> bool:
+        """True if the allocator of the device can record its history."""
+        return self.kind == "cuda"
+
+    def record_memory_history(self) -> None:
+        """Begins to record allocations with their stacks."""
+        torch.cuda.memory._record_memory_history()
+
+    def dump_memory_history(self, path: str) -> None:
+        """Writes the recorded allocations for pytorch.org/memory_viz."""
+        torch.cuda.memory._dump_snapshot(path)
+
+    @property
+    def profiler_activities(self) -> list[torch.profiler.ProfilerActivity]:
+        """Activities that torch.profiler records: of the CPU, and of the device."""
+        names = {"cuda": ["CUDA"], "npu": ["PrivateUse1"]}.get(self.kind, [])
+        return [getattr(torch.profiler.ProfilerActivity, name) for name in ("CPU", *names)]
+
     def synchronize(self) -> None:
         """Waits until the device has finished all queued work."""
         if self.kind != "cpu":

@@ -11,8 +11,10 @@ from ascendspeed.loss_compare.page_template import STYLE, environment
 from ascendspeed.run_report.run_log import RunLog, read_run
 from ascendspeed.run_report.svg_chart import Series, draw_chart
 from ascendspeed.training.metrics_log import EvalLine, TrainLine
+from ascendspeed.training.profile_summary import FOLDER, SUMMARY_NAME
 from ascendspeed.utils.atomic import write_file
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import read_json_object
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PAGE_NAME = "run.html"
@@ -49,6 +51,7 @@ def render(run: RunLog, against: RunLog | None = None, is_final: bool = True) ->
         events=run.events[-MOST_EVENTS:],
         checkpoints=run.checkpoints,
         evaluations=run.evaluations,
+        profile=_profile(run.path.parent),
         against=str(against.path.parent) if against else None,
         differing=differences(run, against) if against else [],
         settings=list(settings.items()),
@@ -115,6 +118,13 @@ def _charts(runs: Sequence[RunLog]) -> list[str]:
 def _points(run: RunLog, name: str, factor: float = 1.0) -> list[tuple[float, float]]:
     values = [(line.iteration, getattr(line, name)) for line in run.train]
     return [(x, value * factor) for x, value in values if value is not None]
+
+
+def _profile(folder: Path) -> dict[str, Any] | None:
+    """Summary of --profile; None if there is none."""
+    with contextlib.suppress(UserError):
+        return read_json_object(folder / FOLDER / SUMMARY_NAME)
+    return None
 
 
 def _title(run: RunLog, is_final: bool) -> str:

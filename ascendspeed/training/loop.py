@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from ascendspeed.training.data_setup import BatchFunction
 from ascendspeed.training.engines import Engine, StepResult
 from ascendspeed.training.fault_tolerance import RunMonitor
 from ascendspeed.training.metrics_log import EvalLine, MetricsLogger, TrainLine
+from ascendspeed.training.profiling import StepProfiler
 from ascendspeed.training.setup import Start
 from ascendspeed.utils.errors import UserError
 
@@ -111,6 +113,7 @@ def train(
     log: MetricsLogger,
     start: Start,
     monitor: RunMonitor,
+    profiler: StepProfiler | None = None,
 ) -> TrainState:
     """Trains from `start` to --train-iters or until `monitor` or --exit-interval stops the run; evaluates and
     saves in between.
@@ -131,7 +134,10 @@ def train(
         if is_skipped(settings, state.step) or state.step in state.left_out:
             state = _leave_out(run, state, interval)
         else:
-            result = engine.step(batches("train", state.samples), lr)
+            with profiler.iteration(state.step) if profiler else nullcontext():
+                with profiler.data() if profiler else nullcontext():
+                    micro_batches = batches("train", state.samples)
+                result = engine.step(micro_batches, lr)
             state = advanced(run, state, result.skipped)
             interval.results.append(result)
             interval.samples += state.samples - before.samples
@@ -147,6 +153,8 @@ def train(
         if is_last or state.step % settings.log_interval == 0:
             log.line(interval.line(run, before, state, lr, grid, device))
         paused = time.perf_counter()
+        if profiler:
+            profiler.finish(state.step, is_last)
         signalled = monitor.reason and monitor.reason.signal  # a scheduler may not wait for an evaluation
         if settings.eval_interval and state.step % settings.eval_interval == 0 and not signalled:
             log.line(evaluate(run, engine, batches, state.step))

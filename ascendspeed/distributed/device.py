@@ -25,6 +25,8 @@ from torch import Tensor
 
 from ascendspeed.utils.errors import UserError
 
+COLLECTIVE_EVENTS = ("gloo:", "nccl:", "ncclDevKernel", "ncclKernel", "hccl:", "hcom_")
+"""First words of the events of a collective in a trace: of gloo's threads, or kernels of a device."""
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 DETERMINISTIC_VARIABLES = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),

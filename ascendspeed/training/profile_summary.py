@@ -16,8 +16,6 @@ FOLDER = "profile"
 SUMMARY_NAME = "summary.json"
 ITERATION, DATA = "intern: iteration", "intern: data"
 """Names of the ranges that the training loop marks."""
-COLLECTIVES = ("gloo:", "nccl:", "ncclDevKernel", "ncclKernel", "hccl:", "hcom_")
-"""First words of the events of a collective: of gloo's threads, or kernels on a device."""
 OPTIMIZER = "Optimizer.step#"
 OPERATIONS = ("aten::", "mkldnn::", "onednn::")
 """First words of operations of the CPU; what surrounds them, such as a backward function, may wait."""
@@ -40,7 +38,7 @@ class RankTimes:
     waiting: float
     """Collectives beyond the time of the fastest rank: waiting for ranks that come later."""
     data: float
-    """Making the batches."""
+    """Preparing the batches."""
     optimizer: float
     """The optimizer's update."""
     other: float
@@ -75,8 +73,11 @@ def read_events(path: str | Path) -> list[dict[str, Any]]:
         return json.load(file)["traceEvents"]
 
 
-def measure(rank: int, events: Iterable[Mapping[str, Any]]) -> TraceTimes:
-    """Adds up the time of the iterations in a trace by kind."""
+def measure(rank: int, events: Iterable[Mapping[str, Any]], collective_names: tuple[str, ...]) -> TraceTimes:
+    """Adds up the time of the iterations in a trace by kind.
+
+    `collective_names`: first words of the events of a collective.
+    """
     timed = [event for event in events if event.get("ph") == "X" and event.get("cat") != "Trace"]
     iterations = _spans(timed, lambda event: event["name"] == ITERATION and event["cat"] == "user_annotation")
     has_device = any(event.get("cat") in DEVICE_WORK for event in timed)
@@ -84,12 +85,13 @@ def measure(rank: int, events: Iterable[Mapping[str, Any]]) -> TraceTimes:
     collectives = [
         (event["ts"], event["ts"] + event["dur"])
         for event in sorted(timed, key=lambda event: event["ts"])
-        if event["name"].startswith(COLLECTIVES)
+        if event["name"].startswith(collective_names)
         and (event.get("cat") in DEVICE_WORK if has_device else event.get("cat") != "cpu_op")
     ]
     data = _spans(timed, lambda event: event["name"] == DATA and event["cat"] == "user_annotation")
     ranges = _spans(timed, lambda event: event["name"].startswith(OPTIMIZER) and event["cat"] == range_kind)
-    work = _spans(timed, _is_device_work if has_device else _is_operation)
+    others = [event for event in timed if not event["name"].startswith(collective_names)]
+    work = _spans(others, _is_device_work if has_device else _is_operation)
     data = _common(data, iterations)
     optimizer = _without(_common(_common(ranges, work), iterations), data)
     compute = _without(_without(_common(work, iterations), data), optimizer)
@@ -159,7 +161,7 @@ def write_summary(folder: Path, times: Sequence[RankTimes], iterations: str) -> 
 
 
 def _is_device_work(event: Mapping[str, Any]) -> bool:
-    return event.get("cat") in DEVICE_WORK and not event["name"].startswith(COLLECTIVES)
+    return event.get("cat") in DEVICE_WORK
 
 
 def _is_operation(event: Mapping[str, Any]) -> bool:

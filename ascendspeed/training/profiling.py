@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.profiler import profile, record_function
 
 from ascendspeed.config.schema import Run
-from ascendspeed.distributed.device import Device
+from ascendspeed.distributed.device import COLLECTIVE_EVENTS, Device
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.training import profile_summary
 from ascendspeed.training.profile_summary import DATA, FOLDER, ITERATION, TraceTimes
@@ -54,7 +54,7 @@ class StepProfiler:
 
     @contextlib.contextmanager
     def data(self) -> Iterator[None]:
-        """Surrounds the making of the batches of an iteration."""
+        """Surrounds the preparation of the batches of an iteration."""
         with record_function(DATA) if self._trace else contextlib.nullcontext():
             yield
 
@@ -82,7 +82,8 @@ class StepProfiler:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"rank-{self._grid.rank:05}.json.gz"
         self._trace.export_chrome_trace(str(path))
-        return profile_summary.measure(self._grid.rank, profile_summary.read_events(path))
+        events = profile_summary.read_events(path)
+        return profile_summary.measure(self._grid.rank, events, COLLECTIVE_EVENTS)
 
     def _dump_memory_history(self) -> None:
         path, rank = Path(self._train.memory_snapshot_path), self._grid.rank

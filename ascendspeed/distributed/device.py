@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils._device
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 
 from ascendspeed.utils.errors import UserError
 
@@ -102,10 +103,10 @@ class Device:
         torch.cuda.memory._dump_snapshot(path)
 
     @property
-    def profiler_activities(self) -> list[torch.profiler.ProfilerActivity]:
+    def profiler_activities(self) -> list[ProfilerActivity]:
         """Activities that torch.profiler records: of the CPU, and of the device."""
         names = {"cuda": ["CUDA"], "npu": ["PrivateUse1"]}.get(self.kind, [])
-        return [getattr(torch.profiler.ProfilerActivity, name) for name in ("CPU", *names)]
+        return [getattr(ProfilerActivity, name) for name in ("CPU", *names)]
 
     def synchronize(self) -> None:
         """Waits until the device has finished all queued work."""

@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -70,10 +71,22 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Puts the longest files first and keeps the order of the others."""
+    """Puts the longest files first, keeps the order of the others, and makes breadth slow."""
+    mark_breadth(items)
     position = {name: number for number, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: position.get(item.path.stem, len(position)))
+
+
+def mark_breadth(items):
+    """Makes two of three parameter sets of each test of `breadth` slow."""
+    numbers = Counter()
+    for item in items:
+        if item.get_closest_marker("breadth"):
+            if numbers[item.path, item.originalname] % 3:
+                item.add_marker(pytest.mark.slow)
+            numbers[item.path, item.originalname] += 1
 
 
 @pytest.fixture(autouse=True)

@@ -73,6 +73,7 @@ def rendered(hf_tokenizer, messages, tools) -> list[int]:
     )
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", NAMES)
 def test_transformers_renders_the_ids_of_the_chat_format(kind, count, tmp_path):

@@ -45,6 +45,7 @@ SOME = [
 """Every model in one type and three layouts, every layout with several models; the next test has them all."""
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(("model", "kind", "tp", "pp"), SOME)
 def test_round_trip_is_bit_exact(sources, tmp_path, model, kind, tp, pp):
     round_trip(*sources(model, kind), tp, pp, tmp_path)

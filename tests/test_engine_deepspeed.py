@@ -30,16 +30,18 @@ def expected() -> Curve:
 )
 def test_losses_equal_a_plain_torch_loop(layout, steps, expected, tmp_path):
     """Different masks per sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
-    cases = {f"zero {stage}": {"changes": changes(stage), "evaluate": True} for stage in range(4)}
+    is_quick = steps == FEW_STEPS
+    stages = (1, 3) if is_quick and layout == "tp2-dp1" else range(4)
+    cases = {f"zero {stage}": {"changes": changes(stage), "evaluate": True} for stage in stages}
     (tmp_path / "offload.json").write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
-    if layout == "tp1-dp2" or steps > FEW_STEPS:  # where the optimizer runs does not depend on the layout
-        for stage in (2, 3):
+    if layout == "tp1-dp2" or not is_quick:  # where the optimizer runs does not depend on the layout
+        for stage in (3,) if is_quick else (2, 3):
             offload = {"zero_stage": stage, "deepspeed_config": str(tmp_path / "offload.json")}
             cases[f"zero {stage}, optimizer offloaded"] = {"changes": {"parallel": offload}}
         cases["control: beta2 0.9"] = {"changes": changes(1, adam_beta2=0.9)}
         cases["control: no clipping"] = {"changes": changes(2, clip_grad=0.0)}
     if LAYOUTS[layout][0] > 1:
-        for stage in (0, 2, 3):
+        for stage in (2,) if is_quick else (0, 2, 3):
             cases[f"zero {stage}, sequence parallel"] = {
                 "changes": {"parallel": {"zero_stage": stage, "sequence_parallel": True}}
             }
@@ -57,9 +59,9 @@ def test_losses_equal_a_plain_torch_loop(layout, steps, expected, tmp_path):
     cases["full recomputation"] = {
         "changes": {"parallel": {"zero_stage": 3}, "train": {"recompute_granularity": "full"}}
     }
-    few = {"micro_batch_size": 2} if layout == "tp2-dp1" and steps == FEW_STEPS else {}  # of two accumulated
+    few = {"micro_batch_size": 2} if layout == "tp2-dp1" and is_quick else {}  # of two accumulated
     curves = run_cases(layout, cases, tmp_path, steps, **few)
-    for stage in range(4):
+    for stage in stages:
         ((evaluated, _),) = curves.pop(f"zero {stage}: evaluated")
         assert evaluated == pytest.approx(expected[0][0], rel=1e-6)
     for name, curve in curves.items():

@@ -55,13 +55,13 @@ THEMES: dict[str, Callable[[Path], Theme]] = {
         model=SHALLOW,
     ),
     "moved stages": lambda folder: moved(
-        [("pp2 vpp2", then) for then in ("dp2, shards", "pp2, 3 layers first", "zero 2")],
+        [("pp2 vpp2", then) for then in ("pp2, 3 layers first", "zero 2")],
         LAYOUTS[2] | ENGINES,
         folder,
         steps=4,
         mistakes=(),
     ),
-    "recomputed": lambda folder: recomputed(["cp2", "tp2 sp"], ("none", "full", "selective"), SHALLOW),
+    "recomputed": lambda folder: recomputed(["cp2"], ("none", "full", "selective"), SHALLOW),
 }
 
 

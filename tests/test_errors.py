@@ -64,6 +64,7 @@ def test_sigterm_lets_a_program_clean_up(times):
     assert ended(False, signal.SIGTERM) == (-signal.SIGTERM, "", "")  # control
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_conversion_that_is_stopped_leaves_nothing(number, tmp_path):
     words = [sys.executable, ROOT / "tools/random_model.py", "--output-dir", tmp_path / "out"]

@@ -79,6 +79,7 @@ def test_logits_equal_hugging_face(name):
     assert off(name) < 2e-5
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", MODELS)
 def test_published_tensors_come_back_from_rank_files(name, tmp_path):
     """Hugging Face's directory -> ranks of TP 4 x PP 2 -> Hugging Face's directory: equal names and bits."""
@@ -135,7 +136,12 @@ LAYOUTS = {  # by the number of ranks
     },
 }
 EVERYWHERE = ("internlm", "internlm3-bias", "gemma", "qwen3")  # between them all that a layout can touch
-DEFAULT = {"pp2": (*EVERYWHERE, "internlm2", "qwen2-tied"), "tp4": (*EVERYWHERE, "internlm2")}
+DEFAULT = {
+    "pp2": (*EVERYWHERE, "internlm2", "qwen2-tied"),
+    "tp4": ("internlm2", "gemma"),
+    "tp4-sp": (),
+    "tp2-pp2": ("internlm",),
+}
 """Dense models of the default run; TP 2 has them all. The other models on stages and four ranks are slow."""
 
 

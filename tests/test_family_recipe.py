@@ -24,6 +24,7 @@ def test_every_size_passes_the_checks(name):
     )
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", ["internlm2-7b", "internlm2.5-20b", "internlm3-8b", "gemma-7b"])
 def test_the_script_takes_every_name(name, tmp_path):
     """The command that the script would start is parsed as the program parses it."""

@@ -291,6 +291,7 @@ def test_a_signal_to_any_one_rank_saves_and_stops_all(whole, tmp_path, what, who
     finish(job, whole)
 
 
+@pytest.mark.slow
 def test_the_clock_and_the_interval_stop_with_code_0(whole, tmp_path):
     job = Job(tmp_path / "job")
     assert job.run("--exit-duration", "1e-9") == [0, 0]
@@ -322,6 +323,7 @@ def stopped_job(tmp_path_factory) -> Iterator[tuple[Job, list, float]]:
         process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stopped_job")
 @pytest.mark.parametrize("who", [0, pytest.param(1, marks=SLOW)])
 def test_a_stopped_rank_is_named_and_nobody_stays(whole, tmp_path, who):

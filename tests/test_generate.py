@@ -141,6 +141,7 @@ def score_of(reference, prompt: list[int], tokens: list[int], reason: str, param
     return total / size ** params.get("length_penalty", 1.0) if params.get("num_beams", 1) > 1 else total
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_hugging_face(cpu, name):
     """A batch of prompts of different lengths gives the answers of each prompt alone."""

@@ -150,6 +150,7 @@ def run_dialogue(terminal: Terminal) -> None:
         terminal.close()
 
 
+@pytest.mark.slow
 def test_at_a_terminal(folder):
     run_dialogue(
         Terminal(

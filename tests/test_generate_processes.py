@@ -200,6 +200,13 @@ def test_fronts(shell, tmp_path, weights):
     code, output = shell("tasks/inference/run_pa.sh")
     assert code == 2
     assert output.startswith("error: usage: ")
+
+
+@pytest.mark.slow
+def test_front_of_the_evaluation(shell, tmp_path, weights):
+    hosts = str(tmp_path / "hosts")
+    Path(hosts).write_text("node0 slots=8\nnode1 slots=8\n")
+    given = {"CHECKPOINT": weights, "TOKENIZER_PATH": ""}
     evaluation = "tasks/evaluation/eval_internlm.sh"
     assert shell(evaluation)[1].startswith("python tasks/evaluation/evaluation.py --task mmlu ")
     assert "--num_accelerators 8 tasks/evaluation/evaluation.py" in shell(evaluation, TP="8", **given)[1]
@@ -213,6 +220,7 @@ def test_fronts(shell, tmp_path, weights):
     assert "NNODES=2 needs NODE_RANK" in shell(evaluation, TP="16", NNODES="2")[1]
 
 
+@pytest.mark.slow
 def test_front_of_the_table(shell, weights):
     script = "tasks/inference/benchmark.sh"
     code, output = shell(script, "performance", "[[256,256]]", "4", CHECKPOINT="W")

@@ -141,6 +141,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(("name", "template"), TABLES, ids=str)
 @pytest.mark.parametrize(("handler", "row"), ROWS, ids=str)
 def test_every_template_and_chat_handler(folders, name, template, handler, row):

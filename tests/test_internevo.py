@@ -86,6 +86,7 @@ def test_every_layout(tmp_path, number):
     there_and_back(tmp_path, ("internlm", "internlm2", "llama")[number], LAYOUTS[number::3])
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_family(tmp_path, kind):
     there_and_back(tmp_path, kind, [(2, 2), (8, 1)])
@@ -159,6 +160,7 @@ def test_every_switch_both_ways(tmp_path, model_type, tp, wp, embed_split, versi
     assert replace(source.config, family=family) == config_of(family, shape)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     "how",
     [

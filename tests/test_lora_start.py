@@ -70,7 +70,7 @@ def test_the_published_flags():
         "--lora-r 16 --lora-alpha 32 --lora-load ./a "
         "--lora-register-forward-hook word_embeddings input_layernorm"
     )
-    assert lora_of(*typed.split()) == LoraConfig(16, 32.0, 0.0, tuple(LLAMA.split()), "./a")
+    assert lora_of(*typed.split()) == LoraConfig(16, 32.0, 0.0, tuple(LLAMA.split()), lora_load="./a")
     assert lora_of() == LoraConfig()
 
 
@@ -187,6 +187,7 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     ("name", "rows"),
     [

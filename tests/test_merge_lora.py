@@ -77,6 +77,7 @@ def merge(work: Path) -> dict[str, torch.Tensor]:
     return load_file(work / "merged" / "model.safetensors")
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("family", "settings"), [(f, "some") for f in MODELS] + [("llama", s) for s in SETTINGS if s != "some"]

@@ -223,6 +223,7 @@ def compare(expected: dict[str, list], curves: dict[str, list]) -> None:
             assert norm < 1e-5, (case, norm)
 
 
+@pytest.mark.slow
 def test_training_equals_hugging_face(tmp_path):
     """Four steps of DeepSpeed at TP 2 with sequence parallel: Hugging Face's curve within 1e-5."""
     cases = {f"{name}, zero 2": {"changes": changes(name, 2, sequence_parallel=True)} for name in NAMES}

@@ -148,6 +148,7 @@ def train(work: Path, name: str, *flags: object) -> list[float]:
     return [line.loss for line in read_lines(work / name / "train.log") if isinstance(line, TrainLine)]
 
 
+@pytest.mark.slow
 def test_commands_train_resume_generate_and_evaluate(work, tmp_path, monkeypatch):
     monkeypatch.setenv("NPU_STANDIN_LOG", str(tmp_path / "calls"))
     losses = train(work, "megatron", "--train-iters", 3, "--exit-interval", 2, "--lr-decay-iters", 3)

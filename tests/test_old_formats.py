@@ -48,6 +48,7 @@ def test_every_name_and_layout(tmp_path, program, tp, pp):
     assert same(tmp_path / "old", tensors, tmp_path)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(("tp", "pp"), [(1, 4), (2, 1), (4, 2)])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_grouped_queries_in_bf16(tmp_path, program, tp, pp):

@@ -74,6 +74,7 @@ def alone(model, params: SamplingParams) -> dict[int, list[int]]:
     return results
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -142,6 +143,7 @@ def test_penalties_and_biases(subject):
     assert tokens(logit_bias=((7, 1000.0),), frequency_penalty=600.0).count(7) == 1 + 1
 
 
+@pytest.mark.breadth
 def test_prompts_of_an_evaluation(subject, monkeypatch):
     """`continuous_batching.generate`: tokens and scores are those of each prompt alone, up to its stop;
     common tokens pass through the model once."""

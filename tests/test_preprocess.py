@@ -400,6 +400,7 @@ def test_another_prefix_is_not_overwritten(tmp_path, tokenizer):
     assert read_pair(tmp_path / "p_text_document") == before
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_leaves_no_files_and_no_traceback(tmp_path, tokenizer, number):
     tool, workers = tool_with_workers(tmp_path, tokenizer)

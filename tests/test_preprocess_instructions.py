@@ -98,6 +98,7 @@ def test_masked_pair_has_the_published_names_and_content(tmp_path, tokenizer):
     assert opened.document(7).tokens.tolist() == documents[7].tokens.tolist()
 
 
+@pytest.mark.slow
 def test_the_same_bytes_for_any_number_of_workers_and_any_format(tmp_path, tokenizer, monkeypatch):
     for module in (parquet, lines, sequential):
         monkeypatch.setattr(module, "SHARD_BYTES", 3000)

@@ -116,6 +116,7 @@ def test_a_mismatch_with_load_names_both_values(weights, words, message):
         resolve([*GOOD, "--load", str(weights), *words], 1)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     ("words", "world", "message"),
     [

@@ -25,6 +25,7 @@ errors.run(main)
 """
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     ("redirection", "code", "message"),
     [

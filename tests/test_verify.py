@@ -67,6 +67,7 @@ def test_what_is_left_behind(cpu, tmp_path):
     assert 0 < logits["difference"] < 1e-4 * logits["largest"]
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", TINY)
 def test_ends_are_compared_by_an_implementation_of_their_own_where_there_is_one(cpu, tmp_path, name):
     config = replace(TINY[name], num_layers=3)

@@ -149,10 +149,11 @@ def _encode_in_order(
     except BrokenProcessPool as error:
         raise UserError("a worker process died, perhaps for lack of memory; try fewer --workers") from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
         if not finished:  # do not wait for the shards in work
             for worker in set(active_children()) - earlier:
                 worker.terminate()
+        # Waits for the pool's thread, which would close a pipe that the interpreter writes to when it ends.
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

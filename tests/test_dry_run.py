@@ -12,6 +12,9 @@ from helpers import recipes, tiny_run
 from ascendspeed.cli import launch
 from ascendspeed.utils.errors import UserError
 
+OF_A_RANK = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that a process group in the process of the tests leaves behind."""
+
 
 @pytest.fixture
 def replaced(monkeypatch, tmp_path):
@@ -27,7 +30,7 @@ def replaced(monkeypatch, tmp_path):
 
     def go(*flags: str, **environment: str):
         monkeypatch.setenv("WORLD_SIZE", "1")  # so that it is unset afterwards: the launcher sets it
-        for name in (*recipes.GIVEN, "WORLD_SIZE"):
+        for name in (*recipes.GIVEN, *OF_A_RANK):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)

@@ -20,7 +20,7 @@ ruff check .
 ruff format --check --quiet . || { echo "error: not formatted; run: ruff format ." >&2; exit 1; }
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
-mypy > "$report" 2>&1 &  # on its own it would leave a core idle
+nice -n 19 mypy > "$report" 2>&1 &  # in the time that tests wait; on its own it would leave a core idle
 types=$!
 failed=0
 python -m pytest "${options[@]}" "$@" || failed=$?

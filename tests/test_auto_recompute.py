@@ -29,6 +29,7 @@ def recomputed(run: Run, per_stage: int) -> int:
     return per_stage if train.recompute_method == "uniform" else train.recompute_num_layers
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(("words", "per_stage"), [("", 12), ("--pp 2", 6), ("--pp 2 --vpp 3", 2)])
 @pytest.mark.parametrize("size", [1000, 230, 171, 170, 169, 110, 109, 5])
 def test_the_fewest_layers_that_fit(words, per_stage, size):

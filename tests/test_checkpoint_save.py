@@ -98,7 +98,9 @@ def test_file_size_limit_leaves_the_last_one(tmp_path, limit):
 
 
 @pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("again", [False, True], ids=["new step", "same step"])
+@pytest.mark.parametrize(
+    "again", [pytest.param(False, marks=pytest.mark.slow), True], ids=["new step", "same step"]
+)
 def test_killed_at_file_operations(tmp_path, monkeypatch, again, stride):
     """Old or new, never something else; and the next save tidies up."""
     small, ends = Model(2, 12, 5), []

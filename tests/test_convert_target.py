@@ -192,6 +192,7 @@ print("PEAK", anonymous() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_about_one_tensor(tmp_path):
     """While 151 MB are converted, in both directions; the largest tensor has 8 MB."""
     hugging_face(

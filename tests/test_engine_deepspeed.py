@@ -223,8 +223,8 @@ def test_another_layout_continues_the_curve(every, expected, tmp_path):
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_changes_nothing(every, tmp_path):
     """NaN gradients on one rank: skipped under every stage; later steps are bit for bit unaffected."""
-    modes = {f"fp32 zero {s}": changes(s) for s in (range(4) if every else (0, 3))} | {
-        f"bf16 zero {s}": changes(s, bf16=True) for s in ((1, 2, 3) if every else (1, 2))
+    modes = {f"fp32 zero {s}": changes(s) for s in (range(4) if every else (3,))} | {
+        f"bf16 zero {s}": changes(s, bf16=True) for s in ((1, 2, 3) if every else (1,))
     }
     cases = {f"{name}: clean": {"changes": change} for name, change in modes.items()}
     cases |= {f"{name}: poisoned": {"changes": change, "poison": 1} for name, change in modes.items()}

@@ -83,6 +83,7 @@ def test_two_ranks(theme, two_ranks):
     check(curves)
 
 
+@pytest.mark.slow
 def test_losses_on_four_ranks(tmp_path):
     """Three layouts, a few steps; tests/test_engine_megatron_layouts.py has them all."""
     layouts = {name: LAYOUTS[4][name] for name in list(LAYOUTS[4])[:3]}

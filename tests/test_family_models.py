@@ -142,7 +142,7 @@ DEFAULT = {
     "tp4-sp": (),
     "tp2-pp2": ("internlm",),
 }
-"""Dense models of the default run; TP 2 has them all. The other models on stages and four ranks are slow."""
+"""Models of the default run; TP 2 has them all. The other models on stages and four ranks are slow."""
 
 
 def runs(name: str, parallel: ParallelConfig) -> bool:
@@ -158,7 +158,7 @@ def runs(name: str, parallel: ParallelConfig) -> bool:
 
 
 def is_default(name: str, layout: str) -> bool:
-    return name in DEFAULT.get(layout, MODELS) or bool(MODELS[name].num_experts)
+    return name in DEFAULT.get(layout, MODELS)
 
 
 CASES = [

@@ -359,6 +359,7 @@ def test_a_lost_rank_is_known_to_ranks_that_never_hear_it(tmp_path, what, who):
     assert len(job.curve()) == ITERS  # what was done twice was the same twice
 
 
+@pytest.mark.slow
 def test_a_job_that_was_stopped_as_a_whole_goes_on(whole, stopped_job):
     """Ctrl-Z for longer than the timeout, and fg: nobody takes the others for dead."""
     job, ranks, since = stopped_job
@@ -369,6 +370,7 @@ def test_a_job_that_was_stopped_as_a_whole_goes_on(whole, stopped_job):
     assert job.curve() == whole
 
 
+@pytest.mark.slow
 def test_the_last_words_of_a_rank_are_passed_on(whole, tmp_path):
     job = Job(tmp_path / "job", faults=[{"what": "wrong", "rank": 1, "step": 5}])
     codes = job.run()

@@ -66,7 +66,7 @@ def reference(trained):
     ).eval()
 
 
-@pytest.fixture(params=["ckpt", "export"])
+@pytest.fixture(params=["ckpt", pytest.param("export", marks=pytest.mark.slow)])
 def lm(cpu, trained, request):
     """The model loaded from each."""
     from ascendspeed.inference import engine

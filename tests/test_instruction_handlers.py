@@ -585,6 +585,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.breadth
 @given(data=st.data())
 @pytest.mark.parametrize("handler", list(WRONG))
 def test_any_row_gives_a_document_or_a_fault(folders, handler, data):

@@ -351,7 +351,7 @@ def test_ctrl_c_of_answers_that_nobody_can_cut_short(slow):
     assert alive(slow.log) == []
 
 
-@pytest.mark.parametrize("script", [RECIPE, GENERATION])
+@pytest.mark.parametrize("script", [GENERATION, pytest.param(RECIPE, marks=pytest.mark.slow)])
 def test_a_killed_shell_leaves_no_ranks_behind(slow, script):
     """Answers have a session of their own, which a SIGKILL of the shell's group does not reach; of training
     only the shell is killed.

@@ -180,7 +180,7 @@ CASES = {  # name -> layout and training
     "pp2, recomputed": (PP, {"recompute_granularity": "full"}),
     "zero 3, recomputed": (zero(3), {"recompute_granularity": "full"}),
 }
-FEW = {"biases": ["tp2 sp", "pp2", "zero 2", "zero 3, recomputed"], "grouped": ["tp2", "dp2, shards"]}
+FEW = {"biases": ["tp2 sp", "pp2", "zero 3, recomputed"], "grouped": ["dp2, shards"]}
 ALL_OTHERS = {which: [name for name in CASES if name not in FEW[which]] for which in FEW}
 
 

@@ -30,6 +30,7 @@ LAYOUTS = [(t, p) for t in (1, 2, 4, 8) for p in (1, 2, 4)]
 # --- read back, byte by byte
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     ("program", "tp", "pp"),
     [

@@ -46,6 +46,7 @@ def command(*words: str, timeout: float = 600) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_a_few_rows_and_a_control(cpu, tmp_path, monkeypatch, capsys):
     """A row of either engine and a control on two ranks: exit code, progress, page and record."""
     words = ["--families", "internlm2", "--steps", "4", "--out", str(tmp_path / "matrix.md"), "--rows"]

@@ -141,6 +141,7 @@ def test_sources():
     assert all(rates.source and rates.ceiling_tflops <= rates.tflops for rates in DEVICES.values())
 
 
+@pytest.mark.slow
 def test_growth_table_is_current():
     """The pages have the rows of the script; InternEvo's share on 1,024 devices is the published 89 %."""
     lines = device_growth.rows(device_growth.speeds())

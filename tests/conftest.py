@@ -69,6 +69,7 @@ def pytest_collection_finish():
     """Leaves the millions of objects of modules and tests out of garbage collections."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -377,7 +377,14 @@ def test_generation_with_packed_weights_on_two_ranks(cpu, tmp_path):
 # ---------------------------------------------------------------- training
 
 
-def test_training_on_two_ranks(tmp_path):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("ZeRO-3", "TP, SP"),
+        pytest.param(("TP, SP", "TP, adapters", "Megatron, experts"), marks=pytest.mark.slow),
+    ],
+)
+def test_training_on_two_ranks(names, tmp_path):
     """Tensor and sequence parallel, ZeRO-3, recomputation, adapters and experts; a resumed run.
 
     Control: gradients of weights with their rows in another order.
@@ -394,7 +401,7 @@ def test_training_on_two_ranks(tmp_path):
         "TP, adapters": {"parallel": TP | {"zero_stage": 1}, "lora": vars(lora)},
         "Megatron, experts": {"parallel": {"deepspeed": False} | TP | SP, "model": vars(MIXTRAL)},
     }
-    cases = {}
+    cases, layouts = {}, {name: layouts[name] for name in names}
     for name, layout in layouts.items():
         weights = {"weights": str(tmp_path / "adapters.safetensors")} if "lora" in layout else {}
         cases[name] = {"last": 3, "changes": layout, **weights}

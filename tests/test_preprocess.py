@@ -359,6 +359,7 @@ def kill_at_random(folder, tokenizer, times, seed):
     return outcomes
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_no_wrong_pair_is_left(tmp_path, tokenizer):
     assert kill_at_random(tmp_path, tokenizer, 1, seed=0)
 

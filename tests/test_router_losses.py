@@ -81,7 +81,8 @@ def compare(curves: dict, expected: dict) -> None:
         assert (off > 1e-3) if "control" in name else (off < 1e-5), (name, off)
 
 
-def test_losses_and_gradients_equal_hugging_face(tmp_path):
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_losses_and_gradients_equal_hugging_face(every, tmp_path):
     """Both engines at TP 2 with sequence parallel; recomputed; without the loss the curve is another."""
     config = BALANCED["mixtral"]
     cases = {
@@ -96,7 +97,10 @@ def test_losses_and_gradients_equal_hugging_face(tmp_path):
     }
     path = tmp_path / "rows.safetensors"
     rows = packed_rows(path)
-    cases["packed, deepspeed"] = cases["mixtral, deepspeed"] | {"data": str(path)}
+    if every:
+        cases["packed, deepspeed"] = cases["mixtral, deepspeed"] | {"data": str(path)}
+    else:
+        del cases["mixtral, recomputed"]
     cases["packed, megatron"] = cases["mixtral, megatron"] | {"data": str(path)}
     cases["mixtral, control: other rows"] = cases["packed, megatron"]
     curves = run_cases("tp2-dp1", cases, tmp_path, STEPS, train_iters=RUN.train.train_iters)

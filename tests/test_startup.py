@@ -38,6 +38,7 @@ def loaded(*arguments: str) -> set[str]:
     return {line.rsplit("|", 1)[1].strip() for line in lines}
 
 
+@pytest.mark.slow
 def test_compilers_and_other_frameworks_are_not_imported():
     """Everything that generation and training with the Megatron engine import."""
     script = """

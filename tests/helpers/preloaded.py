@@ -16,4 +16,5 @@ from ascendspeed.training.engines import deepspeed as _deepspeed  # noqa: E402, 
 from ascendspeed.training.engines import megatron as _megatron  # noqa: E402, F401
 from helpers import oracle, toy  # noqa: E402, F401
 
+gc.set_threshold(50_000, 20, 20)  # ranks live for seconds
 gc.freeze()  # or every collection in a child walks, and copies, the millions of objects of these packages

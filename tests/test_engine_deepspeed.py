@@ -88,7 +88,7 @@ def test_the_same_layout_resumes_bit_identically(layout, tmp_path):
         f"bf16 zero {s}": changes(s, bf16=True) for s in ((2,) if few else (1, 2, 3))
     }
     (tmp_path / "offload.json").write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
-    for stage in (3,) if few else (2, 3):
+    for stage in () if few else (2, 3):
         modes[f"bf16 zero {stage}, optimizer offloaded"] = {
             "parallel": {"zero_stage": stage, "deepspeed_config": str(tmp_path / "offload.json")},
             "optim": {"bf16": True},

@@ -33,7 +33,7 @@ from helpers.megatron_themes import (
 
 THEMES: dict[str, Callable[[Path], Theme]] = {
     "losses": lambda folder: losses(
-        {name: LAYOUTS[2][name] for name in ("dp2", "dp2, overlap", "tp2 sp", "cp2, shards")},
+        {name: LAYOUTS[2][name] for name in ("dp2", "tp2 sp", "cp2, shards")},
         FEW_STEPS,
         mistakes=CONTROLS,
         model=SHALLOW,
@@ -44,7 +44,6 @@ THEMES: dict[str, Callable[[Path], Theme]] = {
     "half": lambda folder: half(["dp2, shards"], 3, SHALLOW),
     "poisoned": lambda folder: poisoned(["pp2, fp32"], SHALLOW),
     "resumed": lambda folder: resumed({"dp2, shards": SHARDS}, folder, ["bf16"], 1, SHALLOW),
-    "resumed stages": lambda folder: resumed({"pp2 vpp2": PP | VPP}, folder, ["fp32"], 1),
     "moved": lambda folder: moved(
         [("dp2, 2 copies", "cp2 a2a"), ("zero 3", "tp2 sp")],
         LAYOUTS[2] | ENGINES,
@@ -53,7 +52,7 @@ THEMES: dict[str, Callable[[Path], Theme]] = {
         model=SHALLOW,
     ),
     "moved stages": lambda folder: moved(
-        [("pp2 vpp2", then) for then in ("pp2, 3 layers first", "zero 2")],
+        [("pp2 vpp2", "zero 2")],
         LAYOUTS[2] | ENGINES,
         folder,
         steps=4,

@@ -126,6 +126,7 @@ def always_cached(monkeypatch):
     monkeypatch.setattr(Pace, "uses_cache", lambda pace, characters: True)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", MADE + REAL_ONES)
 def test_ids_of_texts_made_of_pieces(pairs, name):
     generator = random.Random(7)
@@ -155,6 +156,7 @@ def check_with_hypothesis(pair: Pair, examples: int) -> None:
     equal()
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", MADE + REAL_ONES)
 def test_ids_of_hypothesis_texts(pairs, name):
     check_with_hypothesis(pairs[name], 40)

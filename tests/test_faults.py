@@ -398,6 +398,7 @@ def test_a_port_that_is_taken_is_named(tmp_path):
 # --- a disk that is full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "behind"),
     [

@@ -232,6 +232,7 @@ def mutate_table(table: dict[Any, Any], generator: random.Random) -> None:
     return None
 
 
+@pytest.mark.breadth
 @runs(40, 1500)
 @pytest.mark.parametrize("kind", ["megatron", "deepspeed", "internevo", "internevo settings"])
 def test_rank_files(kind, count, rank_files, tmp_path):

@@ -130,6 +130,7 @@ def gone(marker: Path) -> bool:
     return False
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize(
     "protocols",

@@ -82,6 +82,7 @@ def spoil(folder: Path, kind: str, generator: random.Random) -> None:
     (folder / name).write_bytes(mutate_bytes(content, generator) if generator.random() < 0.1 else content)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("kind", ["model", "json", "tables"])
 @pytest.mark.parametrize("cases", [60, pytest.param(1500, marks=pytest.mark.slow)])
 def test_folders(kind, cases, source, tmp_path):

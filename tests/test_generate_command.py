@@ -68,6 +68,7 @@ WRONG = {
 }
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("typed", WRONG)
 def test_wrong_flags_are_refused_before_loading(typed, folder):
     with pytest.raises(UserError) as error:

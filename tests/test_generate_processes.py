@@ -167,6 +167,7 @@ def weights(tmp_path) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_fronts(shell, tmp_path, weights):
     hosts = str(tmp_path / "hosts")
     Path(hosts).write_text("node0 slots=8\nnode1 slots=8\n")

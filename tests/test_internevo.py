@@ -394,6 +394,7 @@ class Hostile:
         return (open, ("owned", "w"))
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     ("change", "message"),
     [

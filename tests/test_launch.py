@@ -316,7 +316,7 @@ def slow(tmp_path):
 
 
 FIRST, SECOND = ("runner", {"FIRST": "1"}), ("launcher", {"SECOND": "1"})
-SIGNALS = [(RECIPE, *FIRST, signal.SIGTERM), (GENERATION, *SECOND, signal.SIGINT)]
+SIGNALS = [(GENERATION, *SECOND, signal.SIGINT)]
 OTHER_SIGNALS = [
     (script, *moment, number)
     for script in (RECIPE, GENERATION)
@@ -342,6 +342,7 @@ def test_a_signal_before_there_are_ranks_ends_all(slow, script, until, env, numb
     assert "rank" not in slow.log.read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_of_answers_that_nobody_can_cut_short(slow):
     """A rank that does not listen to it ends; so does all, as interrupted."""
     process = slow(GENERATION, "rank")

@@ -43,6 +43,7 @@ def lora_of(*words: str, model: str = "internlm-tiny") -> LoraConfig:
     return resolve(["--data-path", "x", "--model", model, *words], 1)[0].lora
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     ("model", "typed", "meant"),
     [

@@ -40,6 +40,7 @@ def with_default_keys(folder: Path) -> None:
     save_file({key.replace(".weight", ".default.weight"): tensor for key, tensor in tensors.items()}, path)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("case", CASES)
 def test_every_bit_is_that_of_peft(case, tmp_path):
     family, settings = CASES[case]

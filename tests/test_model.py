@@ -99,6 +99,7 @@ SHAPE = {
 }
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("length", [24, 32, 33, 48])
 @pytest.mark.parametrize(("family", "spelling", "meaning"), ROPES, ids=str)
 def test_rope_equals_hugging_face(cpu, family, spelling, meaning, length):

@@ -102,6 +102,7 @@ def test_the_reference_owes_nothing_to_our_model_or_engines():
     assert not all(re.fullmatch(SHARED, name) for name in worker)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("family", layouts.MODELS)
 def test_the_weights_of_the_end_have_the_names_of_the_start(family, tmp_path):
     """Every tensor has gone some way; wrong weights differ from the right ones in what they say."""

@@ -79,6 +79,7 @@ def compare(cases: dict, layout: str, references: dict, folder) -> None:
         assert (norm > 1e-4) if "control" in name else (loss < 1e-5 and norm < 1e-5), (name, loss, norm)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_equals_hugging_face(tmp_path):
     """Heads of other ranks contribute to the gradients of the norms of q and k, with sequence parallel or
     not."""

@@ -21,15 +21,8 @@ READ = [form for form in FORMATS if form.families("read")]
 """All but GGUF, which is only written: test_gguf.py."""
 
 
-def quick_pairs() -> list:
-    """Each pair of a format and a family; half of them are slow, so that each format and family has some."""
-    return [
-        pytest.param(*pair.values, id=pair.id, marks=pytest.mark.slow if number % 2 else [])
-        for number, pair in enumerate(supported_pairs(READ))
-    ]
-
-
-@pytest.mark.parametrize(("form", "family"), quick_pairs())
+@pytest.mark.breadth
+@pytest.mark.parametrize(("form", "family"), supported_pairs(READ))
 def test_there_and_back(tmp_path, form, family):
     pp = 1 if form.name == "deepspeed" else 2
     round_trip(form, family, 2, pp, "fp32" if form.name == "training" else "bf16", tmp_path)

@@ -105,6 +105,7 @@ IDS = st.lists(
 )
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", KINDS)
 @settings(max_examples=80)
 @given(numbers=IDS)

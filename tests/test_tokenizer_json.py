@@ -395,6 +395,7 @@ WRONG = {
 }
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("change", WRONG, ids=lambda change: change.__name__)
 def test_a_tokenizer_json_that_is_not_its_model(models, change, tmp_path):
     with pytest.raises(UserError) as error:

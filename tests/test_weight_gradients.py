@@ -36,7 +36,8 @@ def case(layout, optim=None, **more):
     return {"changes": {**layout, "optim": optim or {"bf16": True}}, **more}
 
 
-@pytest.mark.parametrize("names", [QUICK, pytest.param(tuple(LAYOUTS), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [QUICK, tuple(LAYOUTS)])
 def test_losses_and_norms_are_equal_to_the_bit(names, tmp_path):
     cases = {name: case(LAYOUTS[name]) for name in names}
     cases |= {f"{name}: fused": case(LAYOUTS[name], weight_gradient=1.0) for name in names}

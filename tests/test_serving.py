@@ -265,14 +265,15 @@ def test_key_and_drain(folder, tmp_path, monkeypatch):
             assert caught.value.code == 401
         assert json.loads(server.get("/health")) == {"status": "ok"}
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
-        stream = iter(chat(client, stream=True, max_tokens=100))
+        # Long enough that the signal comes before the end.
+        stream = iter(chat(client, stream=True, n=8, max_tokens=200, extra_body={"ignore_eos": True}))
         next(stream)
         os.kill(server.processes[0].pid, signal.SIGTERM)
         chunks = list(stream)
         assert chunks[-1].choices[0].finish_reason == "length"
         server.processes[0].join(60)
         assert server.processes[0].exitcode == 0
-        assert "signal 15: finishing 1 sequences" in server.errors.read_text()
+        assert "signal 15: finishing 8 sequences" in server.errors.read_text()
 
 
 def test_a_full_queue_is_429(server, client):

@@ -110,6 +110,7 @@ def test_flags():
         ("--profile-step-start 1", "--profile-step-start belongs to --profile"),
         ("--profile --profile-step-start 12", "--profile-step-end 12: must be above --profile-step-start 12"),
         ("--profile --profile-step-start -1", "must be 0 or more"),
+        ("--memory-snapshot-path a.pickle", "belongs to --record-memory-history"),
     ):
         with pytest.raises(UserError, match=message):
             resolved(words)

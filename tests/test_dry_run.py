@@ -105,3 +105,14 @@ def test_the_launcher_of_recipes_starts_nothing(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "on 8 devices the run can start" in done.stdout
     assert go().returncode == 9  # control
+
+
+def test_deepspeeds_file_is_checked_without_a_launcher(tmp_path):
+    (tmp_path / "ds.json").write_text('{"gradient_cliping": 1.0}')
+    own = ("--deepspeed", "--deepspeed_config", tmp_path / "ds.json", "--dry-run")
+    flags = [*tiny_run.flags(tmp_path), *own]
+    done = starts.script("pretrain_intern.py", *flags)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr[-3000:]
+    assert "gradient_cliping" in done.stderr
+    (tmp_path / "ds.json").write_text('{"gradient_clipping": 1.0}')
+    assert "dry run: everything was found" in starts.must("pretrain_intern.py", *flags)

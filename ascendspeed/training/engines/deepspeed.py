@@ -407,7 +407,8 @@ def import_deepspeed(device: Device) -> Any:
     import_uncompiled("deepspeed.runtime.zero.muon.muon_optimizer", device.kind)
     if not device.reduces_fp64:  # ZeRO-3 would sum the gradient norm in fp64
         deepspeed.accelerator.get_accelerator().is_fp64_supported = lambda: False
-    deepspeed.init_distributed(dist_backend=device.backend, verbose=False)
+    if dist.is_initialized():  # a dry run has no process group, and DeepSpeed would look for one of MPI
+        deepspeed.init_distributed(dist_backend=device.backend, verbose=False)
     return deepspeed
 
 

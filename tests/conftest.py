@@ -48,6 +48,7 @@ def pytest_configure():
     Ranks that exchange small messages over gloo take half the CPU time on one core, and do not wait for the
     ranks of another test.
     """
+    gc.disable()  # until all is collected: nearly nothing of it is garbage
     worker, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if worker and hasattr(os, "sched_setaffinity"):
         cpus = sorted(os.sched_getaffinity(0))
@@ -69,6 +70,7 @@ def pytest_collection_finish():
     """Leaves the millions of objects of modules and tests out of garbage collections."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(50_000, 20, 20)
 
 

@@ -254,6 +254,7 @@ with metrics_log.MetricsLogger(0, None, sys.argv[1]) as all:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_tensorboard_does_not_stop_the_run(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, timeout=60

@@ -370,7 +370,6 @@ def checkpoints(
 def test_two_ranks(biases, grouped, tmp_path):
     themes = {
         "parity": parity(FEW, biases, grouped, steps=3),
-        "one matrix": one_matrix({"wqkv": [], "single": ["tp2 sp"]}, tmp_path, steps=3),
         "checkpoints": checkpoints(["bf16 tp2 sp"], biases, tmp_path, stops=(1, 2, 3, 5)),
     }
     run_and_check(themes, tmp_path / "run")

@@ -236,7 +236,8 @@ DAMAGED_POSITIONS = {
 }
 
 
-def test_any_sample_at_any_time_with_positions_and_without(text, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damages", [["empty"], pytest.param([*DAMAGED_POSITIONS], marks=pytest.mark.slow)])
+def test_any_sample_at_any_time_with_positions_and_without(damages, text, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "SAVE_EVERY", 4)
     samples = opened(text, tokenizer)
     expected = [as_lists(samples.sample(n)) for n in range(400)]
@@ -259,7 +260,8 @@ def test_any_sample_at_any_time_with_positions_and_without(text, tokenizer, tmp_
         assert len(packed) <= distance
         assert (len(packed) > 60) == (seed != SEED)  # without positions many samples are packed again
     assert not any("note: " in line for line in lines)
-    for name, damage in DAMAGED_POSITIONS.items():
+    for name in damages:
+        damage = DAMAGED_POSITIONS[name]
         for path, content in stored.items():
             path.write_bytes(damage(content))
         with log_lines() as lines:

@@ -1,9 +1,10 @@
-"""Command-line parser: spellings, errors of one line, `--help`."""
+"""Command-line parser: spellings, errors of one line, `--help`, and the reference of all flags in `docs`."""
 
 import dataclasses
+import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import pytest
@@ -11,6 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ascendspeed.cli import parser
+from ascendspeed.commands import flag_reference
+from ascendspeed.commands.flag_reference import ENGLISH, FlagRow, escaped
+from ascendspeed.commands.intern import options_class
 from ascendspeed.config.schema import (
     DataConfig,
     LoraConfig,
@@ -204,3 +208,56 @@ def test_a_program_ends_on_one_line(rank):
     who = "[rank 1] " if rank else ""
     assert done.stderr == f"{who}error: unknown flag --trian-iters; did you mean --train-iters?\n"
     assert done.stdout == ""
+
+
+@pytest.fixture(scope="module")
+def commands():
+    return flag_reference.read_commands()
+
+
+def test_the_reference_is_up_to_date(commands):
+    """Mended by `python -m ascendspeed.commands.flag_reference`."""
+    for language in flag_reference.LANGUAGES:
+        page = flag_reference.ROOT / "docs" / language.file
+        assert page.read_text() == flag_reference.page(language, commands), language.file
+
+
+def test_every_flag_of_every_command_is_listed(commands):
+    listed = set(re.findall(r"`(--[\w-]+)`", flag_reference.page(ENGLISH, commands)))
+    for flags in commands:
+        expected = set(parser.spellings(options_class(flags.command)))
+        rows = {name for group in flags.groups for row in group.rows for name in row.names}
+        flag_names = {name for name in rows if name.startswith("--")}
+        positional = {f"--{name.lower()}" for name in rows - flag_names}
+        assert flag_names <= expected
+        assert {name for name in expected - positional if not name.startswith("--no-")} <= listed & rows
+
+
+def test_control_a_changed_help_changes_the_reference(commands):
+    first = commands[0]
+    group = first.groups[0]
+    changed = replace(group, rows=(replace(group.rows[0], help="Other."), *group.rows[1:]))
+    other = [replace(first, groups=(changed, *first.groups[1:])), *commands[1:]]
+    assert flag_reference.page(ENGLISH, other) != flag_reference.page(ENGLISH, commands)
+
+
+@pytest.mark.parametrize(
+    ("metavar", "value"),
+    [
+        ("{None}|STR", "STR"),
+        ("[INT [INT ...]]", "INT ..."),
+        ("{None,all,last}", "all, last"),
+        ("[{a,b} [...]]", "a, b, ..."),
+        ("{None}|{INT INT INT}", "INT INT INT"),
+    ],
+)
+def test_values_in_the_reference(metavar, value):
+    assert flag_reference._value(metavar) == value
+
+
+def test_markdown_of_the_reference():
+    assert escaped("<s>, *.py and `a*b` | c") == r"&lt;s>, \*.py and `a*b` \| c"
+    row = FlagRow(("--x",), "", "False", True, "Hurry.")
+    group = flag_reference.FlagGroup("", "", (row, replace(row, names=("FILE",), default="required")))
+    table = list(flag_reference._table(ENGLISH, replace(group, rows=(row,))))
+    assert table[-1] == "| `--x` |  |  | Hurry. |"

@@ -130,7 +130,7 @@ def completion(shell: str) -> str:
         raise UserError(f"--completion {shell!r}: choose {', '.join(SHELLS)}")
     import tyro
 
-    classes = {command.name: _options_class(command) for command in available()}
+    classes = {command.name: options_class(command) for command in available()}
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         tyro.extras.subcommand_cli_from_dict(
@@ -142,7 +142,7 @@ def completion(shell: str) -> str:
     return output.getvalue()
 
 
-def _options_class(command: Subcommand) -> Any:
+def options_class(command: Subcommand) -> Any:
     """Returns the dataclass of a command's flags."""
     module, _, name = command.options.rpartition(":")
     return getattr(importlib.import_module(module or f"{PACKAGE}.{command.module}"), name)

@@ -229,6 +229,8 @@ def _check_training(flags: Sequence[str], plan: LaunchPlan) -> bool:
         run, _ = train_args.resolve_line(line, plan.world)
         if is_dry or not plan.remote_ranks:
             train_args.check_inputs(run)
+            if run.train.eval_tasks:
+                importlib.import_module("ascendspeed.evaluation.training_scores").resolve(run)
     except UserError as error:
         RunRecord([TRAINING, *flags]).write_error(f"error: {error}")
         raise

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from ascendspeed.cli.command import check_precision
-from ascendspeed.cli.observation_checks import check_profile
+from ascendspeed.cli.observation_checks import check_eval_tasks, check_profile
 from ascendspeed.cli.optimizer_checks import check_muon, check_safeguards
 from ascendspeed.cli.parser import flag_of
 from ascendspeed.config import batch_schedule, lr_schedule, schema
@@ -68,8 +68,8 @@ RANGES: dict[str, dict[Rule, str]] = {
     },
     "train": {
         AT_LEAST_1: "micro_batch_size global_batch_size train_iters train_samples log_interval eval_iters "
-        "max_skipped_steps save_interval eval_interval exit_interval keep recompute_num_layers "
-        "auto_recompute_device_size",
+        "max_skipped_steps save_interval eval_interval eval_tasks_interval eval_tasks_limit exit_interval "
+        "keep recompute_num_layers auto_recompute_device_size",
         BELOW_2_31: "micro_batch_size global_batch_size train_iters",
         SEED: "seed",
         SHARE: "attention_dropout hidden_dropout label_smoothing ema_decay",
@@ -104,6 +104,7 @@ def check_run(run: Run, world: int | None) -> None:
     check_muon(run)
     check_safeguards(run)
     check_profile(run.train)
+    check_eval_tasks(run, world)
     if world is not None:
         _check_world(run, world)
     _check_recompute(run)

@@ -21,6 +21,11 @@ def main(record: RunRecord | None = None) -> int:
     line = parse(sys.argv[1:])
     run, notes = resolve_line(line, world_size())
     check_inputs(run)
+    tasks = None
+    if run.train.eval_tasks:
+        from ascendspeed.evaluation import training_scores
+
+        tasks = training_scores.resolve(run)
     if line.options.rehearsal.dry_run:
         return dry_run(run, notes)
 
@@ -94,7 +99,8 @@ def main(record: RunRecord | None = None) -> int:
         if start.resume:
             engine.restore(start.resume)
         reference.attach(run, grid, engine, batches, start)
-        loop.train(run, grid, device, engine, batches, log, start, watch, profiler)
+        score_tasks = training_scores.TrainingScores(run, tasks, grid, device) if tasks else None
+        loop.train(run, grid, device, engine, batches, log, start, watch, profiler, score_tasks)
     process_groups.destroy()
     return watch.exit_code
 

@@ -426,6 +426,14 @@ class TrainConfig:
     """Iterations between evaluations; None: no evaluation."""
     eval_iters: int = 10
     """Global batches per evaluation."""
+    eval_tasks: tuple[str, ...] = ()
+    """Benchmarks to score during training: the names of the evaluation's --task."""
+    eval_tasks_data_path: tuple[str, ...] = ()
+    """Folder of each benchmark, in the order of --eval-tasks."""
+    eval_tasks_interval: int | None = None
+    """Iterations between the scores of --eval-tasks."""
+    eval_tasks_limit: int | None = None
+    """Questions of each subject of --eval-tasks; None: all."""
     exit_interval: int | None = None
     """Save and stop at the first multiple of this many iterations."""
     exit_duration_in_mins: float | None = None

@@ -96,6 +96,11 @@ class AnswerCache:
                 raise
             raise UserError(f"{self._path}: cannot be written: {error.strerror}; {OTHER_FOLDER}") from None
 
+    @property
+    def is_on_disk(self) -> bool:
+        """True if answers are kept in a file."""
+        return self._file is not None
+
     def _read(self, file: IO[bytes]) -> int:
         """Reads the records and returns the number of bytes of complete lines."""
         size = 0

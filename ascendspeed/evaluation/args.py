@@ -1,6 +1,6 @@
 """Command line of evaluation: flags -> a checked `EvaluationJob` with its questions. No torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -114,6 +114,11 @@ def resolve(args: Sequence[str], world: int) -> tuple[EvaluationJob, list[str]]:
         evaluation,
         {"num_fewshot": 0, "max_input_length": 1, "max_new_tokens": 1, "batch_size": 1, "limit": 1},
     )
+    return build_job(evaluation, lambda: resolve_engine(line, world)), line.notes
+
+
+def build_job(evaluation: EvaluationArgs, engine: Callable[[], EngineSpec]) -> EvaluationJob:
+    """Checks the benchmarks, then the `engine`, and reads the questions. Raises UserError."""
     folders = _task_folders(evaluation)
     harness = _harness_selections(evaluation, folders)
     _check_chat(evaluation, folders)
@@ -129,14 +134,14 @@ def resolve(args: Sequence[str], world: int) -> tuple[EvaluationJob, list[str]]:
                 f"--max-new-tokens {new_tokens} is too few for {name}, whose answers have some 100 tokens; "
                 "leave it out"
             )
-    spec = resolve_engine(line, world)
+    spec = engine()
     benchmarks = []
     for name, folder in folders.items():
         if harness_name(name):
             continue
         benchmark = load_benchmark(name, folder, shots[name], evaluation.limit)
         benchmarks.append((benchmark, find_style(evaluation.prompt_style, name, shots[name])))
-    return EvaluationJob(spec, evaluation, tuple(benchmarks), shots, new_tokens, harness), line.notes
+    return EvaluationJob(spec, evaluation, tuple(benchmarks), shots, new_tokens, harness)
 
 
 def _harness_selections(evaluation: EvaluationArgs, folders: dict[str, Path]) -> tuple[HarnessSelection, ...]:

@@ -105,23 +105,15 @@ def run(job: EvaluationJob, device: devices.Device, notes: Sequence[str]) -> Non
     """Loads the model, answers all questions and writes the reports. Raises UserError."""
     from ascendspeed.inference.session import Session
 
-    harness = _load_harness_tasks(job)
+    harness = load_harness_tasks(job)
     session = Session.open(job.spec, device)
     tokenizer = session.tokenizer
     check_vocabulary(tokenizer, session.config)
     for note in notes:
         logger.info(f"note: {note}")
-    max_length = job.evaluation.max_input_length or session.config.max_position_embeddings
-    generated = [benchmark.name for benchmark, style in job.benchmarks if style.until]
-    if generated and max_length <= job.new_tokens:
-        raise UserError(
-            f"--max-new-tokens {job.new_tokens} of {generated[0]} leaves none of the {max_length} tokens for "
-            "the question"
-        )
-    until = {string for _, style in job.benchmarks for string in style.until}
-    stop_ids = {*session.generation_stop_ids, *control_token_ids(tokenizer, until)}
-    stop_ids = stop_ids if generated or harness else set()
-    backend = EngineBackend(session.model, tokenizer, job.evaluation.batch_size, sorted(stop_ids))
+    max_length = input_length(job, session.config)
+    stop_ids = stop_ids_of(job, tokenizer, session.generation_stop_ids)
+    backend = EngineBackend(session.model, tokenizer, job.evaluation.batch_size, stop_ids)
     sha256 = weights_identity.full_bytes(session.source, session.readers)
     settings = _settings(job, sha256, tokenizer, max_length)
     answers = open_on_all_ranks(Path(job.evaluation.output_dir), settings, session.grid)
@@ -131,7 +123,27 @@ def run(job: EvaluationJob, device: devices.Device, notes: Sequence[str]) -> Non
         answers.close()
 
 
-def _load_harness_tasks(job: EvaluationJob) -> dict[str, dict[str, Any]]:
+def input_length(job: EvaluationJob, model: ModelConfig) -> int:
+    """Most tokens of the model's input. Raises UserError if generated answers leave none for the question."""
+    max_length = job.evaluation.max_input_length or model.max_position_embeddings
+    generated = [benchmark.name for benchmark, style in job.benchmarks if style.until]
+    if generated and max_length <= job.new_tokens:
+        raise UserError(
+            f"--max-new-tokens {job.new_tokens} of {generated[0]} leaves none of the {max_length} tokens for "
+            "the question"
+        )
+    return max_length
+
+
+def stop_ids_of(job: EvaluationJob, tokenizer: Tokenizer, of_model: Sequence[int]) -> list[int]:
+    """Ids that end a generated answer: those `of_model` and of the tasks; none if nothing is generated."""
+    until = {string for _, style in job.benchmarks for string in style.until}
+    if not until and not job.harness:
+        return []
+    return sorted({*of_model, *control_token_ids(tokenizer, until)})
+
+
+def load_harness_tasks(job: EvaluationJob) -> dict[str, dict[str, Any]]:
     """Returns name -> tasks of lm-evaluation-harness, by their names. Raises UserError."""
     if not job.harness:
         return {}
@@ -179,38 +191,19 @@ def _evaluate(
     `harness`: name -> tasks of lm-evaluation-harness.
     """
     # lm-eval imports torch, so it is imported after the device was prepared.
-    from ascendspeed.evaluation import lm_eval, metrics, report
+    from ascendspeed.evaluation import report
 
-    started = time.time()
-    encoder, grid = PromptEncoder(backend.tokenizer), backend.model.grid
-    prompts = []
-    for benchmark, style in job.benchmarks:
-        prompts += build_prompts(benchmark, style, encoder, max_length, job.new_tokens)
-    keys = lm_eval.answer_keys(prompts, answers.settings, backend.extra_stop_ids)
-    lm_eval.discard_damaged(answers, dict(zip(keys, prompts, strict=True)))
-    cached = sum(key in answers.records for key in keys)
-    options = job.evaluation
+    started, options, grid = time.time(), job.evaluation, backend.model.grid
     limited = f", the first {options.limit} of each subject only" if options.limit else ""
-    logger.info(
-        f"{len(prompts)} questions{limited}; {cached} were answered before (in "
-        f"{options.output_dir}/{FILE_NAME})"
-    )
-    with progress(of_items("questions"), len(prompts), cached, quiet=grid.rank != 0) as advance:
-        model = lm_eval.HarnessModel(backend, encoder, max_length, answers, advance, backend.extra_stop_ids)
-        grades = lm_eval.grade_prompts(model, prompts, job.new_tokens) if prompts else []
-    results = _evaluate_harness(job, backend, answers, max_length, harness)
+    grades, results = answer(job, backend, answers, max_length, harness)
     if grid.rank != 0:
         return
     answers.flush()
-    scores = []
-    for benchmark, _ in job.benchmarks:
-        task, num_shots = benchmark.name, job.shots[benchmark.name]
-        task_grades = [grade for grade in grades if grade.prompt.task == task]
-        scores.append(metrics.score_task(benchmark, task_grades, num_shots))
-        title = f"{options.prompt_style} prompts, {num_shots} examples{limited}"
-        logger.info(report.as_text(scores[-1], title))
+    own, others = score_own_tasks(job, grades), [result.score for result in results]
+    for score in own:
+        title = f"{options.prompt_style} prompts, {job.shots[score.benchmark.name]} examples{limited}"
+        logger.info(report.as_text(score, title))
     for result in results:
-        scores.append(result.score)
         chat = f", chat template {result.chat_template}" if result.chat_template else ""
         title = f"prompts of lm-evaluation-harness, {result.shots} examples{chat}{limited}"
         logger.info(report.as_text(result.score, title))
@@ -231,8 +224,54 @@ def _evaluate(
     }
     folder = Path(options.output_dir)
     graded = {key: more for result in results for key, more in result.records.items()}
-    report.write_reports(folder, scores, run_facts, grades, answers.records, graded)
+    report.write_reports(folder, own + others, run_facts, grades, answers.records, graded)
     logger.info(f"wrote {folder}/results.json, results.csv, chart.png and {FILE_NAME}")
+
+
+def score_own_tasks(job: EvaluationJob, grades: Sequence[Any]) -> list[Any]:
+    """`TaskScore`s of this project's own tasks, from the `Grade`s of their questions."""
+    from ascendspeed.evaluation import metrics
+
+    return [
+        metrics.score_task(
+            benchmark,
+            [grade for grade in grades if grade.prompt.task == benchmark.name],
+            job.shots[benchmark.name],
+        )
+        for benchmark, _ in job.benchmarks
+    ]
+
+
+def answer(
+    job: EvaluationJob,
+    backend: EngineBackend,
+    answers: AnswerCache,
+    max_length: int,
+    harness: Mapping[str, Mapping[str, Any]],
+) -> tuple[list[Any], list[Any]]:
+    """Answers all questions on all ranks; returns the `Grade`s of this project's own tasks, and the
+    `HarnessResult`s of the others.
+    """
+    from ascendspeed.evaluation import lm_eval
+
+    encoder, grid = PromptEncoder(backend.tokenizer), backend.model.grid
+    prompts = []
+    for benchmark, style in job.benchmarks:
+        prompts += build_prompts(benchmark, style, encoder, max_length, job.new_tokens)
+    keys = lm_eval.answer_keys(prompts, answers.settings, backend.extra_stop_ids)
+    lm_eval.discard_damaged(answers, dict(zip(keys, prompts, strict=True)))
+    cached = sum(key in answers.records for key in keys)
+    options = job.evaluation
+    limited = f", the first {options.limit} of each subject only" if options.limit else ""
+    if answers.is_on_disk:
+        logger.info(
+            f"{len(prompts)} questions{limited}; {cached} were answered before (in "
+            f"{options.output_dir}/{FILE_NAME})"
+        )
+    with progress(of_items("questions"), len(prompts), cached, quiet=grid.rank != 0) as advance:
+        model = lm_eval.HarnessModel(backend, encoder, max_length, answers, advance, backend.extra_stop_ids)
+        grades = lm_eval.grade_prompts(model, prompts, job.new_tokens) if prompts else []
+    return grades, _evaluate_harness(job, backend, answers, max_length, harness)
 
 
 def _evaluate_harness(

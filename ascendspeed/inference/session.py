@@ -171,11 +171,8 @@ class Session(ModelSession):
     def generation_stop_ids(self) -> tuple[int, ...]:
         """Ids that end a generated answer of an evaluation: those of the tokenizer, of generation_config.json
         and of the chat templates of the model's family and of its tokenizer, if there are any."""
-        template_ids: set[int] = set()
-        for name in (self._recorded_template, FAMILIES[self.config.family].chat_template, None):
-            with contextlib.suppress(UserError):  # a base model: no template, or not its tokens
-                template_ids.update(ChatFormat(self.tokenizer, name, self.config.family).stop_ids)
-        return stop_token_ids(self.tokenizer, self._folders, template_ids)
+        family = self.config.family
+        return generation_stop_ids(self.tokenizer, family, self._recorded_template, self._folders)
 
     @property
     def _folders(self) -> set[Path]:
@@ -226,6 +223,20 @@ class Session(ModelSession):
         if self.grid.world > 1 and size:
             dist.broadcast(buffer, 0)
         return buffer.cpu().numpy().tobytes()
+
+
+def generation_stop_ids(
+    loaded: Tokenizer, family: str, recorded_template: str | None, folders: set[Path]
+) -> tuple[int, ...]:
+    """Ids that end a generated answer of an evaluation.
+
+    `recorded_template`: chat template of the training data; `folders`: may hold a generation_config.json.
+    """
+    template_ids: set[int] = set()
+    for name in (recorded_template, FAMILIES[family].chat_template, None):
+        with contextlib.suppress(UserError):  # a base model: no template, or not its tokens
+            template_ids.update(ChatFormat(loaded, name, family).stop_ids)
+    return stop_token_ids(loaded, folders, template_ids)
 
 
 def _initialize(spec: EngineSpec, device: Device, timeout_minutes: int) -> ProcessGrid:

@@ -10,7 +10,7 @@ from typing import Any
 from ascendspeed.loss_compare.page_template import STYLE, environment
 from ascendspeed.run_report.run_log import RunLog, read_run
 from ascendspeed.run_report.svg_chart import Series, draw_chart
-from ascendspeed.training.metrics_log import EvalLine, TrainLine
+from ascendspeed.training.metrics_log import MetricsLine
 from ascendspeed.training.profile_summary import FOLDER, SUMMARY_NAME
 from ascendspeed.utils.atomic import write_file
 from ascendspeed.utils.errors import UserError
@@ -52,6 +52,7 @@ def render(run: RunLog, against: RunLog | None = None, is_final: bool = True) ->
         checkpoints=run.checkpoints,
         evaluations=run.evaluations,
         profile=_profile(run.path.parent),
+        scores=run.scores,
         against=str(against.path.parent) if against else None,
         differing=differences(run, against) if against else [],
         settings=list(settings.items()),
@@ -81,7 +82,7 @@ class RunPage:
         self._folder = Path(log_dir)
         self._next = 0.0
 
-    def write(self, line: TrainLine | EvalLine) -> None:
+    def write(self, line: MetricsLine) -> None:
         """Writes the page if it is due: at most every `REFRESH_SECONDS`, and for `COST_SHARE` of the time."""
         began = time.monotonic()
         if began < self._next:
@@ -108,11 +109,24 @@ def _charts(runs: Sequence[RunLog]) -> list[str]:
     for name, run in zip(names, runs, strict=True):
         points = [(line.iteration, line.loss) for line in run.evaluations if line.split == "validation"]
         losses.append(Series(f"validation {name}".strip(), points))
-    charts = [draw_chart("loss", losses)]
+    charts = [draw_chart("loss", losses), *_score_charts(runs, names)]
     for field, title, unit, factor in CHARTS:
         series = [Series(name, _points(run, field, factor)) for name, run in zip(names, runs, strict=True)]
         charts.append(draw_chart(title, series, unit))
     return [chart for chart in charts if chart]
+
+
+def _score_charts(runs: Sequence[RunLog], names: Sequence[str]) -> list[str]:
+    """A chart of every benchmark that was scored more than once."""
+    tasks = dict.fromkeys((line.task, line.metric) for line in runs[0].scores)
+    charts = []
+    for task, metric in tasks:
+        series = [
+            Series(name, [(line.iteration, line.score) for line in run.scores if line.task == task])
+            for name, run in zip(names, runs, strict=True)
+        ]
+        charts.append(draw_chart(f"{task}: {metric}", series))
+    return charts
 
 
 def _points(run: RunLog, name: str, factor: float = 1.0) -> list[tuple[float, float]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.training.metrics_log import EvalLine, TrainLine, parse_line
+from ascendspeed.training.metrics_log import EvalLine, ScoreLine, TrainLine, parse_line
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.run_record import LOG_NAME
 
@@ -47,6 +47,7 @@ class RunLog:
     path: Path
     train: list[TrainLine] = field(default_factory=list)
     evaluations: list[EvalLine] = field(default_factory=list)
+    scores: list[ScoreLine] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     checkpoints: list[LoggedCheckpoint] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
@@ -62,6 +63,8 @@ class RunLog:
             self.train.append(line)
         elif isinstance(line, EvalLine):
             self.evaluations.append(line)
+        elif isinstance(line, ScoreLine):
+            self.scores.append(line)
         elif match := SKIPPED.match(text):
             self.events.append(Event(int(match[1]), "skipped", match[2]))
         elif match := SPIKE.search(text):
@@ -94,6 +97,7 @@ class RunLog:
             return
         self.train = [line for line in self.train if line.iteration < iteration]
         self.evaluations = [line for line in self.evaluations if line.iteration < iteration]
+        self.scores = [line for line in self.scores if line.iteration < iteration]
         self.events = [event for event in self.events if event.iteration < iteration]
 
 

@@ -30,13 +30,15 @@ from ascendspeed.models import estimates
 from ascendspeed.training.data_setup import BatchFunction
 from ascendspeed.training.engines import Engine, StepResult
 from ascendspeed.training.fault_tolerance import RunMonitor
-from ascendspeed.training.metrics_log import EvalLine, MetricsLogger, TrainLine
+from ascendspeed.training.metrics_log import EvalLine, MetricsLogger, ScoreLine, TrainLine
 from ascendspeed.training.profiling import StepProfiler
 from ascendspeed.training.setup import Start
 from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+ScoreTasks = Callable[[Engine, int], list[ScoreLine]]
+"""(engine, iteration) -> scores of the live model on --eval-tasks; collective."""
 SAVE_MINUTES = 24 * 60
 """Timeout of the barriers of a save."""
 
@@ -114,6 +116,7 @@ def train(
     start: Start,
     monitor: RunMonitor,
     profiler: StepProfiler | None = None,
+    score_tasks: ScoreTasks | None = None,
 ) -> TrainState:
     """Trains from `start` to --train-iters or until `monitor` or --exit-interval stops the run; evaluates and
     saves in between.
@@ -158,6 +161,9 @@ def train(
         signalled = monitor.reason and monitor.reason.signal  # a scheduler may not wait for an evaluation
         if settings.eval_interval and state.step % settings.eval_interval == 0 and not signalled:
             log.line(evaluate(run, engine, batches, state.step))
+        if score_tasks and state.step % settings.eval_tasks_interval == 0 and not signalled:
+            for score in score_tasks(engine, state.step):
+                log.line(score)
         if saver:
             _save(run, engine, saver, state, is_last)
         interval.began += time.perf_counter() - paused  # the time of an iteration excludes the pause

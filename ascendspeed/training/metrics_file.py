@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.training.metrics_log import EvalLine, TrainLine
+from ascendspeed.training.metrics_log import MetricsLine, ScoreLine
 from ascendspeed.utils.atomic import write_file
 from ascendspeed.utils.errors import UserError
 
@@ -31,7 +31,7 @@ class MetricsFile:
         except OSError as error:
             raise UserError(f"{self._path}: {error.strerror}; choose another --log-dir") from error
 
-    def write(self, line: TrainLine | EvalLine) -> None:
+    def write(self, line: MetricsLine) -> None:
         """Appends a line."""
         text = json.dumps(as_json(line), separators=(", ", ": ")) + "\n"
         os.write(self._file, text.encode())
@@ -41,9 +41,9 @@ class MetricsFile:
         os.close(self._file)
 
 
-def as_json(line: TrainLine | EvalLine) -> dict[str, Any]:
-    """Values of a line; `split` says which loss it is. A number that is not finite is null."""
-    values = {"split": "train", **dataclasses.asdict(line)}
+def as_json(line: MetricsLine) -> dict[str, Any]:
+    """Values of a line; `split` says which loss it is, or "score". A number that is not finite is null."""
+    values = {"split": "score" if isinstance(line, ScoreLine) else "train", **dataclasses.asdict(line)}
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in values.items()

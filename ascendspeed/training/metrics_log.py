@@ -79,6 +79,22 @@ class EvalLine:
 
 
 @dataclass(frozen=True)
+class ScoreLine:
+    """Score of the model on a benchmark during training."""
+
+    iteration: int
+    task: str
+    metric: str
+    """The benchmark's main metric."""
+    score: float
+    """Mean of the metric over all questions."""
+    questions: int
+
+
+MetricsLine = TrainLine | EvalLine | ScoreLine
+
+
+@dataclass(frozen=True)
 class _Field:
     label: str
     name: str
@@ -138,11 +154,15 @@ NARROW_COLUMNS = 120
 """Terminals below this width get the compact line."""
 _ITERATION = re.compile(r"\biteration\s+(\d+)\s*/\s*(\d+)\s*$")
 _TIME = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^]]*\] iteration +\d+/ *\d+ $")
+_SCORE = re.compile(r"\bscore at iteration +(\d+) \| (\S+) (\S+): (\S+) \| questions: (\d+) \|\s*$")
 _EVAL = re.compile(r"\b(\w+) loss at iteration +(\d+) \| lm loss value: (\S+) \| lm loss PPL: \S+ \|\s*$")
 
 
-def format_line(line: TrainLine | EvalLine) -> str:
+def format_line(line: MetricsLine) -> str:
     """Text of a line, without the newline."""
+    if isinstance(line, ScoreLine):
+        score = f"{line.task} {line.metric}: {line.score:.8E} | questions: {line.questions}"
+        return f" score at iteration {line.iteration} | {score} |"
     if isinstance(line, EvalLine):
         numbers = f"lm loss value: {line.loss:.8E} | lm loss PPL: {line.perplexity:.6E}"
         return f" {line.split} loss at iteration {line.iteration} | {numbers} |"
@@ -151,12 +171,12 @@ def format_line(line: TrainLine | EvalLine) -> str:
     return " ".join([f" [{line.time}] iteration {line.iteration:8d}/{line.train_iters:8d} |", *texts])
 
 
-def compact_line(line: TrainLine | EvalLine, columns: int) -> str:
+def compact_line(line: MetricsLine, columns: int) -> str:
     """Text of a line for a narrow terminal: as many of `COMPACT_FIELDS` as fit, loss first.
 
     `split_fields` reads it as it reads the full line.
     """
-    if isinstance(line, EvalLine):
+    if not isinstance(line, TrainLine):
         return format_line(line)
     text = f" iteration {line.iteration}/{line.train_iters} |"
     fields = {field.name: field for field in FIELDS}
@@ -187,7 +207,7 @@ def split_fields(text: str) -> dict[str, str] | None:
     return fields | {"iteration": heads[0][1], "train iters": heads[0][2]}
 
 
-def parse_line(text: str) -> TrainLine | EvalLine | None:
+def parse_line(text: str) -> MetricsLine | None:
     """Parses a line of `format_line`; returns None for other text and for truncated lines.
 
     Unknown labels are ignored, so that Megatron-LM's own logs are read as well.
@@ -195,6 +215,8 @@ def parse_line(text: str) -> TrainLine | EvalLine | None:
     try:
         if match := _EVAL.search(text):
             return EvalLine(int(match[2]), float(match[3]), match[1])
+        if match := _SCORE.search(text):
+            return ScoreLine(int(match[1]), match[2], match[3], float(match[4]), int(match[5]))
         time = _TIME.search(text.partition("|")[0])
         fields = split_fields(text) if time and text.rstrip().endswith("|") else None
         if fields:
@@ -205,7 +227,7 @@ def parse_line(text: str) -> TrainLine | EvalLine | None:
     return None
 
 
-def read_lines(path: str | Path) -> Iterator[TrainLine | EvalLine]:
+def read_lines(path: str | Path) -> Iterator[MetricsLine]:
     """Reads the metric lines of a log file in order and ignores all others.
 
     Raises `UserError` if it cannot be read.
@@ -274,7 +296,7 @@ class MetricsLogger:
                 )
             self.say(f"warning: stdout: {error.strerror}; no more is written there")
 
-    def line(self, line: TrainLine | EvalLine) -> None:
+    def line(self, line: MetricsLine) -> None:
         """Writes a metrics line, and its numbers to TensorBoard."""
         columns = shutil.get_terminal_size().columns
         self.say(format_line(line), compact_line(line, columns) if columns < NARROW_COLUMNS else "")
@@ -332,7 +354,7 @@ class MetricsLogger:
 class MetricsSink(Protocol):
     """Receiver of metrics lines on rank 0."""
 
-    def write(self, line: TrainLine | EvalLine) -> None:
+    def write(self, line: MetricsLine) -> None:
         """Receives a line."""
 
     def close(self) -> None:
@@ -357,11 +379,14 @@ def _is_terminal() -> bool:
     return False
 
 
-def scalars(line: TrainLine | EvalLine) -> Iterator[tuple[str, float]]:
+def scalars(line: MetricsLine) -> Iterator[tuple[str, float]]:
     """Yields (tag, value) for TensorBoard and trackers: the labels of the log, and Megatron-LM's tags."""
     if isinstance(line, EvalLine):
         yield f"lm loss {line.split}", line.loss
         yield f"lm loss {line.split} ppl", line.perplexity
+        return
+    if isinstance(line, ScoreLine):
+        yield f"score {line.task} {line.metric}", line.score
         return
     for name, (tag, factor) in MEGATRON_TAGS.items():
         if (value := getattr(line, name)) is not None:

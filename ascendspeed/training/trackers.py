@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.config.schema import Run, TrainConfig, to_dict
-from ascendspeed.training.metrics_log import EvalLine, TrainLine, scalars
+from ascendspeed.training.metrics_log import MetricsLine, scalars
 from ascendspeed.utils.atomic import write_file
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import read_json_object
@@ -54,7 +54,7 @@ class TrackerSink:
         except Exception as error:  # the metrics matter more
             logger.warning(f"{self.name}: the settings were not stored: {_one_line(error)}")
 
-    def write(self, line: TrainLine | EvalLine) -> None:
+    def write(self, line: MetricsLine) -> None:
         """Sends the numbers of a line."""
         self.tracker.log(dict(scalars(line)), step=line.iteration)
 

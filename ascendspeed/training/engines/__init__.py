@@ -74,6 +74,11 @@ class Engine(Protocol):
     def score(self, batches: Sequence[Batch], adapters: bool = True) -> list[Tensor]:
         """See `objectives.Scorer.score`."""
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's shard of every weight of its pipeline stage, by Megatron name, in the number format of
+        the forward pass; valid until the next one is taken. Collective.
+        """
+
     def fragments(self) -> Iterator[Fragment]:
         """Live views of the optimizer state that this rank owns, for saving and for restoring."""
 

@@ -259,6 +259,12 @@ class DeepSpeedEngine(BaseEngine):
                 scores.append(answer_logprobs(losses, own, self.grid)[0])
         return scores
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.weights`."""
+        for name, parameter in gpt_model.named_parameters(self.module).items():
+            with self._gather(parameter) if self.stage == 3 else nullcontext():
+                yield name, parameter.detach()
+
     def _loss_sums(self, batch: Batch) -> LossSums:
         """Sums over a micro-batch on this rank."""
         losses, own = self._token_losses(batch)

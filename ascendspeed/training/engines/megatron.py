@@ -281,6 +281,15 @@ class MegatronEngine(BaseEngine):
         with nullcontext() if adapters else without_adapters(self.modules):
             return self._forward_all(batches, self._answer_logprobs)
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.weights`."""
+        if self.run.parallel.overlap_param_gather:  # else the shards are gathered after the update
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+        for module in self.modules:
+            for name, parameter in gpt_model.named_parameters(module).items():
+                yield name, parameter.detach()
+
     def _run_schedule(
         self, batches: Sequence[Batch], function: LossFunction, scale: float | None = None
     ) -> Tensor:

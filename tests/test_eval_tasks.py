@@ -1,14 +1,12 @@
 """--eval-tasks: scores during training are those of the evaluation command, and change nothing."""
 
 import json
-import os
+import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import evaluating
+from helpers import evaluating, launch
 
 from ascendspeed.cli import train_args
 from ascendspeed.evaluation import training_scores
@@ -24,8 +22,13 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval_tasks")
     evaluating.model_dir(folder / "model")
     evaluating.boolq(folder / "boolq", count=40)
-    evaluating.hellaswag(folder / "hellaswag", count=40)
-    evaluating.gsm8k(folder / "gsm8k")
+    evaluating.gsm8k(folder / "gsm8k", count=1)
+    path = evaluating.hellaswag(folder / "hellaswag", count=60) / "hellaswag_val.jsonl"
+    draw = random.Random(3)
+    rows = [json.loads(text) for text in path.read_text().splitlines()]
+    for row in rows:  # endings whose order by likelihood changes with the weights
+        row["endings"] = ["".join(draw.choices("abcdefgh ", k=20)) for _ in range(4)]
+    evaluating.put_jsonl(path, rows)
     return folder
 
 
@@ -92,6 +95,9 @@ LAYOUTS = {
         2,
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --hidden-dropout 0.1",
     ),
+    "FSDP 2": (2, "--use-torch-fsdp2 --bf16"),
+    "CP 2": (2, "--cp 2"),
+    "DeepSpeed, TP 2, ZeRO 2": (2, "--deepspeed --zero-stage 2 --tp 2 --sequence-parallel"),
     "DeepSpeed, ZeRO 1": (1, "--deepspeed --zero-stage 1 --bf16 --cpu-linear onednn"),
     "DeepSpeed, ZeRO 3": (2, "--deepspeed --zero-stage 3 --bf16"),
 }
@@ -103,33 +109,32 @@ def test_scores_are_those_of_the_evaluation_command(layout, folders, tmp_path):
     """The losses have the bits of a run without scores."""
     processes, words = LAYOUTS[layout]
     names = ("boolq", "hellaswag", "gsm8k")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-
-    def intern(*words: str) -> None:
-        command = [sys.executable, "-m", "ascendspeed.commands.intern", *words]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
     def train(name: str, *more: str) -> list[dict]:
-        settings = "--lr 0.5 --train-iters 3 --global-batch-size 4 --micro-batch-size 2 --device cpu"
-        settings += f" --save {name} --save-interval 1 --log-dir {name}-logs {words}"
-        intern("train", "--nproc", str(processes), *more, *settings.split())
-        lines = (tmp_path / f"{name}-logs/metrics.jsonl").read_text().splitlines()
-        return list(map(json.loads, lines))
+        settings = "--lr 2e-2 --train-iters 3 --global-batch-size 4 --micro-batch-size 2 --device cpu"
+        settings += f" --log-dir {tmp_path}/{name} {words}"
+        logs = tmp_path / f"{name}-ranks"
+        logs.mkdir()
+        launch.forked(processes, launch.ROOT / "pretrain_intern.py", [*more, *settings.split()], logs)
+        return list(map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines()))
 
     all_flags = flags(folders, *names)
     plain = train("plain", *all_flags[: all_flags.index("--eval-tasks")])
-    lines = train("scored", *all_flags, "--eval-tasks-interval", "1")
+    saves = ["--save", str(tmp_path / "saved"), "--save-interval", "3"]
+    lines = train("scored", *all_flags, "--eval-tasks-interval", "1", *saves)
     losses = [(line["loss"], line.get("grad_norm")) for line in lines if line["split"] == "train"]
     assert losses == [(line["loss"], line.get("grad_norm")) for line in plain]
     scored = [line for line in lines if line["split"] == "score"]
     scores = {(line["iteration"], line["task"]): line["score"] for line in scored}
     assert len(scores) == 3 * len(names)
-    assert len({tuple(scores[step, name] for name in names) for step in (1, 2, 3)}) > 1, "a control"
+    last, before = ({name: scores[step, name] for name in names} for step in (3, 2))
     precision = "--bf16" if "--bf16" in words else "--device cpu"
     linear = re.findall(r"--cpu-linear \w+", words)
-    checkpoint = f"--load scored/step_0000003 --tokenizer-name-or-path {folders}/model --device cpu"
+    checkpoint = f"--load {tmp_path}/saved/step_0000003 --tokenizer-name-or-path {folders}/model --device cpu"
     tasks = ["--task", *names, "--task-data-path", *(str(folders / name) for name in names)]
-    intern("eval", *f"{checkpoint} {precision} {' '.join(linear)} --output out".split(), *tasks)
+    output = f"{checkpoint} {precision} {' '.join(linear)} --output {tmp_path}/out".split()
+    launch.must("tasks/evaluation/evaluation.py", *output, *tasks)
     results = json.loads((tmp_path / "out/results.json").read_text())["tasks"]
-    assert {name: results[name]["micro"] for name in names} == {name: scores[3, name] for name in names}
+    expected = {name: results[name]["micro"] for name in names}
+    assert last == expected
+    assert before != expected, "a control: weights that are one iteration old would fail"

@@ -96,6 +96,11 @@ class FsdpEngine(MegatronEngine):
     def _apply_gradients(self) -> None:
         self.optimizer.step()
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.weights`; the masters, which are cast when a layer gathers them."""
+        for name, parameter in self._sharded.items():
+            yield name, parameter.detach().full_tensor()
+
     # ---------------------------------------------------------------- checkpoint
 
     def _optimizer_fragments(self) -> Iterator[Fragment]:

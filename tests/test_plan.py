@@ -212,6 +212,7 @@ def test_model_states_follow_the_layout():
     assert bytes_per_parameter(1, 1, "bf16") == bytes_per_parameter(3, 1, "bf16") == 16
     assert bytes_per_parameter(1, 4, "bf16", fp32_gradients=True) == 6 + 12 / 4
     assert bytes_per_parameter(2, 4, "bf16", fp32_gradients=True) == 2 + 16 / 4
+    assert bytes_per_parameter(1, 4, "bf16", fp32_gradients=True, param_remainders=True) == 6 + 10 / 4
     assert bytes_per_parameter(1, 4, "fp16", fp32_gradients=True) == 4 + 12 / 4  # bf16's option
     for dtype in ("bf16", "fp32"):
         by_stage = [bytes_per_parameter(stage, 8, dtype) for stage in (1, 2, 3)]

@@ -22,13 +22,18 @@ def planned(*words: object, code: int = 0) -> dict:
     return json.loads(done.stdout)
 
 
-def test_model_states_of_megatron():
-    """18 bytes per parameter: weights 2, fp32 gradients 4, master 4 and moments 8."""
-    plan = planned("--model", "internlm2-7b", "--num-layers", LAYERS, "--bf16", "--device-memory", 8, code=1)
+@pytest.mark.parametrize(
+    ("words", "optimizer"),
+    [([], 12), pytest.param(["--store-param-remainders"], 10, marks=pytest.mark.slow)],
+)
+def test_model_states_of_megatron(words, optimizer):
+    """18 bytes per parameter: weights 2, fp32 gradients 4, master 4 (or 2 further bytes), moments 8."""
+    model = ["--model", "internlm2-7b", "--num-layers", LAYERS, "--bf16", *words]
+    plan = planned(*model, "--device-memory", 8, code=1)
     model = dataclasses.replace(families.preset("internlm2-7b"), num_layers=LAYERS)
     count = estimates.parameters_per_device(model, ParallelConfig())
     (rank,) = plan["ranks"]
-    for name, size in {"weights": 2, "gradients": 4, "optimizer": 12}.items():
+    for name, size in {"weights": 2, "gradients": 4, "optimizer": optimizer}.items():
         # Buffers are padded to a few hundred bytes for every tensor.
         assert rank["persistent"][name] == pytest.approx(count * size, rel=1e-5), name
     assert rank["persistent"]["buffers"] < 2**24

@@ -3,6 +3,7 @@
 Padding (rows beyond the vocabulary) is at the end of a part; it is never stored and reads as zero.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
@@ -55,6 +56,8 @@ class Fragment:
     """Live flat view: copying into it restores the state."""
     holder: tuple[int, int] = (0, 1)
     """(i, n): this rank is the i-th of n that hold and write this range. i = -1: restored, never written."""
+    write_back: Callable[[], None] | None = None
+    """Writes a restored `tensor` into the state, if it is a copy and no view."""
 
 
 class FragmentAddress(NamedTuple):

@@ -266,3 +266,5 @@ def load_fragments(checkpoint: Checkpoint, fragments: Iterable[Fragment]) -> Non
     with torch.no_grad():
         for fragment in fragments:
             checkpoint.read_fragment(fragment)
+            if fragment.write_back:
+                fragment.write_back()

@@ -31,6 +31,22 @@ def check_muon(run: Run) -> None:
         raise UserError("--optimizer muon trains the linears themselves; use --optimizer adam for adapters")
 
 
+def check_split_masters(run: Run) -> None:
+    """Raises UserError for a run whose engine or optimizer cannot keep masters as weights and 16 bits."""
+    if not run.optim.store_param_remainders:
+        return
+    flag, parallel = "--store-param-remainders", run.parallel
+    if not run.optim.bf16:
+        raise UserError(f"{flag} splits the fp32 masters of bf16 weights; add --bf16")
+    if parallel.deepspeed or parallel.use_torch_fsdp2:
+        other = "--deepspeed" if parallel.deepspeed else "--use-torch-fsdp2"
+        raise UserError(f"{flag} belongs to Megatron-core's optimizers; leave out {other}")
+    if run.optim.optimizer != "adam":
+        raise UserError(f"{flag} does not go with --optimizer {run.optim.optimizer}; use adam")
+    if run.train.ema_decay is not None:
+        raise UserError(f"{flag} keeps no masters to average; leave out --ema-decay {run.train.ema_decay:g}")
+
+
 def check_safeguards(run: Run) -> None:
     """Raises UserError for a rollback without checkpoints, and an average that the engine cannot keep."""
     train = run.train

@@ -6,7 +6,7 @@ from typing import Any
 
 from ascendspeed.cli.command import check_precision
 from ascendspeed.cli.observation_checks import check_eval_tasks, check_profile
-from ascendspeed.cli.optimizer_checks import check_muon, check_safeguards
+from ascendspeed.cli.optimizer_checks import check_muon, check_safeguards, check_split_masters
 from ascendspeed.cli.parser import flag_of
 from ascendspeed.config import batch_schedule, lr_schedule, schema
 from ascendspeed.config.pipeline_stages import pipeline_stage_layers
@@ -102,6 +102,7 @@ def check_run(run: Run, world: int | None) -> None:
     _check_model(run)
     _check_engine(run.parallel)
     check_muon(run)
+    check_split_masters(run)
     check_safeguards(run)
     check_profile(run.train)
     check_eval_tasks(run, world)

@@ -76,7 +76,8 @@ def main(record: RunRecord | None = None) -> int:
             products=onednn.Products.of_training(run),
         )
         logger.info(f"device: {device.kind} ({device.name}), {device.backend}; {grid}")
-        logger.info(f"kernels: {kernels}; attention: torch SDPA")
+        masters = "; masters: bf16 weights and 16 bits" if run.optim.store_param_remainders else ""
+        logger.info(f"kernels: {kernels}; attention: torch SDPA{masters}")
         if run.train.deterministic:
             logger.info("deterministic: fixed order of sums; an operation without such a kernel is an error")
         for note in notes:

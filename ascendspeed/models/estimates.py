@@ -110,19 +110,20 @@ def model_states(
     *,
     fp32_gradients: bool = False,
     lora: LoraConfig | None = None,
+    param_remainders: bool = False,
 ) -> ModelStates:
     """Model states per device under ZeRO stage `parallel.zero_stage` with `data_parallel` replicas.
 
     `fp32_gradients`: gradients are accumulated in fp32 under bf16, which adds 2 bytes per gradient. The
     master weights are an fp32 copy, even in an fp32 run except at stage 0. With `lora`, gradients and
-    optimizer states belong to the adapters only.
+    optimizer states belong to the adapters only. `param_remainders`: 2 bytes take the place of a master.
     """
     count, stage = parameters_per_device(model, parallel), parallel.zero_stage
     adapters = targets.parameter_count(model, lora, parallel) if lora else 0
     trained = adapters or count
     width = 4 if dtype == "fp32" else 2
     gradient = width + (2 if fp32_gradients and dtype == "bf16" else 0)
-    adam, master = 8, 0 if dtype == "fp32" and stage == 0 else 4
+    adam, master = 8, 0 if dtype == "fp32" and stage == 0 else 2 if param_remainders else 4
     shares = [1 / data_parallel if stage >= least else 1 for least in (3, 2, 1)]
     sizes = ((count + adapters) * width, trained * gradient, trained * (adam + master))
     return ModelStates(*(size * share for size, share in zip(sizes, shares, strict=True)))

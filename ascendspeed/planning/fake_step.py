@@ -112,7 +112,7 @@ class Steps:
         for old in ("model", "activations", "logits", "working"):
             tracker.relabel_live(old, "buffers")
         tracker.relabel(_gradients(self.engine, self.modules), "gradients")
-        tracker.relabel((fragment.tensor for fragment in self.engine.fragments()), "optimizer")
+        tracker.relabel(self.engine.optimizer_tensors(), "optimizer")
         tracker.relabel(_weights(self.modules), "weights")
 
     def _watch(self, module: Any) -> None:

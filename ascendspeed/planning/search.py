@@ -171,7 +171,13 @@ def can_fit(candidate: Candidate, devices: int, memory: float) -> bool:
         parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, zero_stage=stage
     )
     states = estimates.model_states(
-        run.model, sharded, replicas, run.optim.dtype, fp32_gradients=True, lora=run.lora
+        run.model,
+        sharded,
+        replicas,
+        run.optim.dtype,
+        fp32_gradients=True,
+        lora=run.lora,
+        param_remainders=run.optim.store_param_remainders,
     )
     least = states.total + _least_activations(run)
     return least <= memory * 2**30 * SLACK

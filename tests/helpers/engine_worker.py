@@ -258,6 +258,9 @@ def megatron_engine(mistake, kind="megatron"):
             if mistake == "sum over the copies":
                 for chunk in self.chunks:
                     chunk.ddp_config.num_distributed_optimizer_instances = 1
+            if mistake == "rounded half away":  # no mistake, but the weights of --store-param-remainders
+                for chained in self.optimizer.chained_optimizers:
+                    round_half_away(chained)
             if mistake == "shared step":  # what megatron-core's own loading leaves
                 for part in self.optimizer.chained_optimizers:
                     states = list(part.optimizer.state.values())
@@ -288,6 +291,20 @@ def megatron_engine(mistake, kind="megatron"):
                 super()._refresh_weights()
 
     return Mistaken if mistake else engine
+
+
+def round_half_away(chained):
+    """Makes a Megatron-core optimizer round the fp32 masters half away from zero to bf16 weights."""
+    import torch
+
+    from ascendspeed.training.engines.megatron import _weights_and_masters
+
+    def publish():
+        for weight, master in _weights_and_masters(chained):
+            rounded = (master.detach().view(torch.int32) + 0x8000) >> 16
+            weight.data.copy_(rounded.to(torch.int16).view(torch.bfloat16))
+
+    chained._copy_main_params_to_model_params = publish
 
 
 def without_documents():

@@ -38,7 +38,9 @@ def new_adamw_state(parameter: Tensor, device: Device) -> dict[str, Tensor]:
     its own `step`.
     """
     step_device = parameter.device if device.fused_adamw else "cpu"  # where torch puts it
-    moments = {kind: torch.zeros_like(parameter.data) for kind in MOMENTS}
+    moments = {
+        kind: torch.zeros_like(parameter.data, memory_format=torch.contiguous_format) for kind in MOMENTS
+    }
     return {"step": torch.zeros((), device=step_device), **moments}
 
 
@@ -62,6 +64,10 @@ class BaseEngine:
         yield from self._optimizer_fragments()
         for master, average in self._averages:
             yield replace(master, kind=EMA, tensor=average)
+
+    def optimizer_tensors(self) -> Iterator[Tensor]:
+        """Tensors of the optimizer that live between two steps."""
+        yield from (fragment.tensor for fragment in self.fragments())
 
     def _start_average(self) -> None:
         """Begins the average of --ema-decay with the weights."""

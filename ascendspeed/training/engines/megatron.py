@@ -14,6 +14,7 @@ Rules of the integration, each found by a wrong loss:
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -49,6 +50,7 @@ from ascendspeed.training.engines.common import (
     routed_tokens,
 )
 from ascendspeed.training.engines.muon import MatrixShard, Muon, matrices_of
+from ascendspeed.training.engines.split_masters import SplitAdamW
 from ascendspeed.training.objectives import LossSums
 from ascendspeed.training.objectives.answers import answer_logprobs
 
@@ -93,7 +95,9 @@ class MegatronEngine(BaseEngine):
             self._optimizer_config(), self.chunks, use_gloo_process_groups=False
         )
         for chained in optimizer.chained_optimizers:
-            chained.optimizer = self._adamw(chained.optimizer.param_groups)
+            chained.optimizer = self._adamw(chained)
+            if self.run.optim.store_param_remainders:  # the update writes the weights
+                chained._copy_main_params_to_model_params = lambda: None
         return optimizer
 
     def _wrap(self) -> list[Any]:
@@ -135,15 +139,17 @@ class MegatronEngine(BaseEngine):
             overlap_param_gather=parallel.overlap_param_gather,
         )
 
-    def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    def _adamw(self, chained: Any) -> torch.optim.AdamW:
         """torch's AdamW, whatever else is installed, with Megatron-core's parameter groups and with its
         states.
         """
-        decay = self.run.optim.weight_decay
-        adamw = torch.optim.AdamW(
-            [{"params": [], "weight_decay": decay * group["wd_mult"]} for group in groups],
-            **adamw_settings(self.run.optim, self.device),
+        optim, groups = self.run.optim, chained.optimizer.param_groups
+        adamw = (SplitAdamW if optim.store_param_remainders else torch.optim.AdamW)(
+            [{"params": [], "weight_decay": optim.weight_decay * group["wd_mult"]} for group in groups],
+            **adamw_settings(optim, self.device),
         )
+        if isinstance(adamw, SplitAdamW):  # before there are moments: both would not fit
+            adamw.split(_weights_and_masters(chained))
         for new_group, group in zip(adamw.param_groups, groups, strict=True):
             # Set afterwards: a shard is a view of a parameter, which the constructor would refuse.
             new_group["params"] = group["params"]
@@ -370,9 +376,28 @@ class MegatronEngine(BaseEngine):
                 elif holder[0] >= 0:
                     holder = (self.grid.tp_rank * holder[1] + holder[0], self.grid.tp * holder[1])
                 for kind, view in zip(KINDS, views, strict=True):
-                    yield Fragment(
+                    fragment = Fragment(
                         name, kind, self.shard_specs[name], part, start, view.data.view(-1), holder
                     )
+                    yield self._with_joined_master(fragment, view)
+
+    def _with_joined_master(self, fragment: Fragment, master: Tensor) -> Fragment:
+        """The fragment of a split master has a copy of it; others stay as they are."""
+        for chained in self.optimizer.chained_optimizers:
+            adamw = chained.optimizer
+            if isinstance(adamw, SplitAdamW) and master in adamw.parts:
+                joined = adamw.read(master)
+                return replace(
+                    fragment, tensor=joined.view(-1), write_back=partial(adamw.write, master, joined)
+                )
+        return fragment
+
+    def optimizer_tensors(self) -> Iterator[Tensor]:
+        """See `BaseEngine.optimizer_tensors`."""
+        yield from super().optimizer_tensors()
+        for chained in self.optimizer.chained_optimizers:
+            if isinstance(chained.optimizer, SplitAdamW):
+                yield from chained.optimizer.remainders
 
     def _masters(self) -> Iterator[tuple[torch.nn.Parameter, tuple[list[Tensor], int, tuple[int, int]]]]:
         """Parameter -> ([master, exp_avg, exp_avg_sq], flat start within the parameter, (i, n)): the i-th of
@@ -463,6 +488,16 @@ def _parameters_and_masters(chained: Any) -> Iterator[tuple[torch.nn.Parameter, 
         groups = ((group["params"], group["params"]) for group in chained.optimizer.param_groups)
     for parameters, masters in groups:
         yield from zip(parameters, masters, strict=True)
+
+
+def _weights_and_masters(chained: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each bf16 weight (or this rank's shard of it) with its fp32 master in a Megatron-core optimizer."""
+    if isinstance(chained, DistributedOptimizer):
+        groups = zip(chained.shard_float16_groups, chained.shard_fp32_from_float16_groups, strict=True)
+    else:
+        groups = zip(chained.float16_groups, chained.fp32_from_float16_groups, strict=True)
+    for weights, masters in groups:
+        yield from zip(weights, masters, strict=True)
 
 
 def _replica_group(parameter: torch.nn.Parameter) -> Any:

@@ -23,7 +23,7 @@ HEAVY = {"torch", "megatron", "deepspeed", "transformers", "numpy", "tyro", "ric
 def pins() -> dict[str, str]:
     lines = [
         line
-        for name in ("requirements.txt", "requirements-npu.txt")
+        for name in ("requirements.txt", "requirements-npu.txt", "requirements-docs.txt")
         for line in (ROOT / name).read_text().splitlines()
     ]
     return {
@@ -57,7 +57,15 @@ def test_pins_are_within_their_ranges():
 
 
 def test_extras():
-    assert set(PROJECT["optional-dependencies"]) == {"eval", "serve", "streaming", "gpu", "npu", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {
+        "eval",
+        "serve",
+        "streaming",
+        "gpu",
+        "npu",
+        "docs",
+        "dev",
+    }
 
 
 def test_help_needs_no_library():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,7 +57,8 @@ class TrackerSink:
 
     def write(self, line: MetricsLine) -> None:
         """Sends the numbers of a line."""
-        self.tracker.log(dict(scalars(line)), step=line.iteration)
+        numbers = {_legal(tag): value for tag, value in scalars(line)}
+        self.tracker.log(numbers, step=line.iteration)
 
     def close(self) -> None:
         """Ends the tracker's run."""
@@ -133,6 +135,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
     return flat
+
+
+def _legal(tag: str) -> str:
+    """Tag in the characters that all trackers take; MLflow refuses parentheses and commas."""
+    return re.sub(r"[^\w\-. :/]", "_", re.sub("[()]", "", tag))
 
 
 def _one_line(error: BaseException) -> str:

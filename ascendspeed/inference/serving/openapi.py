@@ -111,11 +111,19 @@ def _schemas() -> dict[str, Any]:
     return schemas
 
 
+EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "JSON of a part of the answer, or [DONE]"}},
+}
+"""Each server-sent event of a streamed answer, which is how OpenAPI 3.1 tools read the schema of a stream."""
+
+
 def _responses(path: str, fields: tuple[str, ...], errors: dict[int, str]) -> dict[str, Any]:
     answer = {"type": "object", "required": list(fields)}
     content: dict[str, Any] = {"application/json": {"schema": answer}}
     if path in STREAMED:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": EVENT}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     for status, text in errors.items():

@@ -46,6 +46,8 @@ class EngineCase:
     recompute: Literal["none", "full"] = "none"
     fused_sums: bool = True
     """Linears add their weight gradients to the fp32 sums."""
+    remainders: bool = False
+    """Masters are kept as weights and 16 bits."""
     peak: float | None = None
     """GiB."""
     token: float | None = None
@@ -55,6 +57,7 @@ class EngineCase:
 CASES = {
     "Megatron, micro-batch 1": EngineCase(1, peak=134.4, token=64.0),
     "Megatron, micro-batch 1, separate sums": EngineCase(1, fused_sums=False, peak=134.4, token=72.9),
+    "Megatron, micro-batch 2, masters in 16 bits": EngineCase(2, remainders=True, peak=131.5),
     "ZeRO-1, micro-batch 1": EngineCase(1, zero=1, peak=135.5),
     "ZeRO-2, micro-batch 2, full recompute": EngineCase(2, zero=2, recompute="full", peak=128.9, token=102.8),
     "Megatron, micro-batch 4, full recompute": EngineCase(
@@ -297,7 +300,7 @@ def step_of(
         run = Run(
             model,
             ParallelConfig(deepspeed=case.zero is not None, zero_stage=case.zero or 2),
-            OptimConfig(bf16=dtype == "bf16"),
+            OptimConfig(bf16=dtype == "bf16", store_param_remainders=case.remainders),
             DataConfig(data_path=("random",), seq_length=length),
             TrainConfig(
                 micro_batch_size=case.micro_batch,

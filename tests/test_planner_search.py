@@ -170,7 +170,7 @@ def test_optimizer_instances():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_printed_command_starts(name, tmp_path):
-    """The first command of a search, with a tiny model and 8 layers: trained on 8 processes, dry on 32."""
+    """The first command of a search, with a tiny model and 32 layers: trained on 8 processes, dry on 32."""
     words, devices, memory = CASES[name]
     search_words = ["--devices", devices, "--device-memory", memory, "--search", "--top", 1]
     done = launch.script("tools/plan.py", *words.split(), *search_words, timeout=900)
@@ -178,7 +178,7 @@ def test_the_printed_command_starts(name, tmp_path):
     model = words.split()[1]
     line = done.stdout.splitlines()[-1].replace(f" {model} ", f" {model.split('-')[0]}-tiny ")
     line = line.replace("$DATA", str(tiny_run.token_pair(tmp_path))).replace(TOKENIZER, "")
-    sizes = "--num-layers 8 --seq-length 32 --global-batch-size 64 --train-iters 1 --device cpu"
+    sizes = "--num-layers 32 --seq-length 32 --global-batch-size 64 --train-iters 1 --device cpu"
     words = f"{line} {sizes} --log-dir {tmp_path}".split("pretrain_intern.py")
     launcher = f"torchrun --master_port {launch.free_port()} --nproc_per_node 8"
     if devices > 8:

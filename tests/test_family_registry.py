@@ -21,7 +21,7 @@ from ascendspeed.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 NO_FAMILY_MEANT = {
-    "config/schema.py": "internlm",  # default of --model's architecture flags
+    "config/schema/model.py": "internlm",  # default of --model's architecture flags
     "conversion/formats/gguf/writing.py": "llama",  # an architecture of llama.cpp
     "distributed/device.py": "llama",  # a casting mode of Liger's RMSNorm
 }

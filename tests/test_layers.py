@@ -69,7 +69,7 @@ MEGATRON = {
 }
 DEVICE_WORDS = {
     "distributed.device": "the only file that names a device",
-    "config.schema": "the choices of --device",
+    "config.schema.choices": "the choices of --device",
     "commands.doctor_checks.devices": "their drivers and libraries in `intern doctor`",
 }
 

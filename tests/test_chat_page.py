@@ -1,50 +1,15 @@
 """The chat page of the service in headless Chromium: streaming, stop, history, languages, key."""
 
 import json
-import shutil
 import time
-from contextlib import contextmanager
 
 import pytest
+from helpers.browser import browser, required
 from helpers.scripted_model import IM_END, scripted_model
 from helpers.serving import running_server
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed"),
-    pytest.mark.slow,
-]
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--window-size=1100,760",
-)
+pytestmark = [required, pytest.mark.slow]
 WORDS = ["7", "8", "5"]
-
-
-@contextmanager
-def browser(profile, language):
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={profile}", f"--lang={language}"):
-        options.add_argument(flag)
-    options.add_experimental_option("prefs", {"intl.accept_languages": language})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    try:
-        yield driver
-    finally:
-        driver.quit()
 
 
 def wait_for(condition, seconds=60):

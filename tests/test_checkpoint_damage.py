@@ -66,6 +66,7 @@ def find_with(folder, world: int):
     return found[0], list(dict.fromkeys(lines))
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damage_is_named_and_the_older_one_is_used(ckpt, name, how):

@@ -44,7 +44,7 @@ runs = st.builds(Run, *map(any_of, (ModelConfig, ParallelConfig, OptimConfig, Da
 DEFAULT = Run(ModelConfig(), ParallelConfig(), OptimConfig(), DataConfig(), TrainConfig())
 
 
-@settings(max_examples=12)
+@settings(max_examples=5)
 @given(runs)
 def test_round_trip_through_json(run):
     again = schema.from_dict(json.loads(json.dumps(schema.to_dict(run))))

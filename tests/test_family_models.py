@@ -136,13 +136,15 @@ LAYOUTS = {  # by the number of ranks
     },
 }
 EVERYWHERE = ("internlm", "internlm3-bias", "gemma", "qwen3")  # between them all that a layout can touch
+VARIANTS = ("internlm-no-bias", "internlm2-bias", "internlm3-bias-but-qkv", "llama-bias", "qwen3-yarn")
 DEFAULT = {
-    "pp2": (*EVERYWHERE, "internlm2", "qwen2-tied"),
-    "tp4": ("internlm2", "gemma"),
+    "tp2": tuple(name for name in MODELS if name not in VARIANTS),
+    "pp2": ("internlm", "internlm2", "gemma", "qwen2-tied"),
+    "tp4": ("internlm2",),
     "tp4-sp": (),
-    "tp2-pp2": ("internlm",),
+    "tp2-pp2": (),
 }
-"""Models of the default run; TP 2 has them all. The other models on stages and four ranks are slow."""
+"""Models of the default run; TP 2 has every family. The other models on stages and four ranks are slow."""
 
 
 def runs(name: str, parallel: ParallelConfig) -> bool:

@@ -80,6 +80,7 @@ def there_and_back(tmp_path: Path, kind: str, layouts: list[tuple[int, int]]) ->
         assert same(load_file(tmp_path / f"back {tp} {pp}/model.safetensors"), tensors)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("number", range(3))
 def test_every_layout(tmp_path, number):
     """Each naming in a third of the layouts; a slow test has every family in all."""

@@ -97,6 +97,7 @@ def test_several_nodes_by_torchrun_on_each(started):
     assert output.startswith(expected)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     ("env", "message"),
     [

@@ -74,6 +74,7 @@ def test_the_layouts(typed):
             resolved(words, world)
 
 
+@pytest.mark.slow
 def test_values_from_the_environment_and_flags_at_the_end(typed):
     run = resolved(typed("ptd", "--train-iters", "7", TP="4", PP="2", SAVE="there", DEVICE_MEMORY=""), 8)
     assert (run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size) == (4, 2)

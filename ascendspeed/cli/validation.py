@@ -249,6 +249,26 @@ def _check_quantization(run: Run) -> None:
         raise UserError(
             f"{flag}: --zero-stage 3 partitions weights in the type of the run; use stage 0, 1 or 2"
         )
+    if run.lora.quantization_bit == 4:
+        _check_nf4_blocks(run)
+
+
+NF4_BLOCK = 64
+"""`models.nf4.BLOCK`, which needs torch to be imported."""
+
+
+def _check_nf4_blocks(run: Run) -> None:
+    """Raises UserError if a linear's inputs on a rank cannot be divided into blocks of NF4."""
+    model, tp = run.model, run.parallel.tensor_model_parallel_size
+    cut = {"attention": model.num_attention_heads * model.head_dim}
+    cut |= {f"an MLP of {width}": width for width in model.ffn_widths}
+    widths = {"hidden_size": model.hidden_size, **{name: width // tp for name, width in cut.items()}}
+    for name, width in widths.items():
+        if width % NF4_BLOCK:
+            raise UserError(
+                f"--quantization-bit 4 has a scale for every {NF4_BLOCK} inputs, and {name} has {width} on a "
+                f"rank (TP {tp}); use --quantization-bit 8"
+            )
 
 
 def _check_reward_model(run: Run) -> None:

@@ -40,7 +40,7 @@ def main() -> None:
             kernels = Kernels(linear=onednn.linear, pack_weight=onednn.pack)
         settings = layer_spec.transformer_config(model, layout, TrainConfig(), kernels=kernels)
         built = gpt_model.build_model(model, layout, settings)
-        writer = {"write": gpt_model.int8_writer(built)} if case.get("quantize") else {}
+        writer = {"write": gpt_model.quantizing_writer(8, built)} if case.get("quantize") else {}
         gpt_model.load_weights(built, model, layout, load_file(case["weights"]).items(), **writer)
         lm = LanguageModel(built, model, grid, cpu, case.get("kv_cache_dtype", "auto"))
         results[name] = run_case(lm, case)

@@ -44,7 +44,7 @@ def ours(cpu, model: ModelConfig, tensors, dtype="fp32", train: TrainConfig | No
     built = gpt_model.build_model(
         model, layout, layer_spec.transformer_config(model, layout, train or TrainConfig(), dtype)
     )
-    writer = {"write": gpt_model.int8_writer(built)} if quantize else {}
+    writer = {"write": gpt_model.quantizing_writer(8, built)} if quantize else {}
     gpt_model.load_weights(built, model, layout, tensors.items(), **writer)
     return built
 

@@ -21,9 +21,9 @@ class LoraConfig:
     lora_target_modules: tuple[str, ...] = ("all-linear",)
     """Matrices with an adapter, by the family's Hugging Face names (q_proj v_proj ...; wqkv w1 ...),
     Megatron's, or all-linear."""
-    quantization_bit: Literal[8] | None = None
-    """QLoRA: the frozen linears of the layers are kept in 8 bits, with a scale for each output channel; None:
-    in the type of the run."""
+    quantization_bit: Literal[4, 8] | None = None
+    """QLoRA: the frozen linears of the layers are kept in 8 bits (int8, a scale for each output channel) or 4
+    (NF4, a scale for every 64 inputs); None: in the type of the run."""
     lora_load: str | None = None
     """Adapters to start from instead of new ones: a peft directory or a training checkpoint of adapters."""
     lora_base: str | None = None

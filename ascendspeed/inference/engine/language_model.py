@@ -307,7 +307,7 @@ def load(
         raise
     settings = transformer_config(reader.config, layout, TrainConfig(), dtype, kernels)
     gpt = gpt_model.build_model(reader.config, layout, settings)
-    writer = {"write": gpt_model.int8_writer(gpt)} if quantize else {}
+    writer = {"write": gpt_model.quantizing_writer(8, gpt)} if quantize else {}
     gpt_model.load_weights(gpt, reader.config, layout, reader.tensors(), **writer)
     return LanguageModel(gpt, reader.config, grid, device, kv_cache_dtype)
 

@@ -112,10 +112,11 @@ class _MaskPadding:
             logits.detach()[..., rows:].fill_(max(-1e9, torch.finfo(logits.dtype).min))
 
 
-def int8_writer(*chunks: GPTModel) -> WriteShard:
+def quantizing_writer(bits: int, *chunks: GPTModel) -> WriteShard:
     """Returns a `WriteShard` that quantises the weights of all linears of the layers as they arrive.
 
-    Embedding, output layer and routers keep their type. Collective under tensor parallel.
+    `bits`: 8 (int8) or 4 (NF4). Embedding, output layer and routers keep their type. Collective under tensor
+    parallel.
     """
     modules = [module for gpt in chunks for module in gpt.decoder.layers.modules()]
     linears = {id(module.weight): module for module in modules if isinstance(module, InferenceLinear)}
@@ -124,6 +125,8 @@ def int8_writer(*chunks: GPTModel) -> WriteShard:
         linear = linears.get(id(parameter))
         if linear is None:
             parameter.copy_(shard)
+        elif bits == 4:
+            linear.set_nf4_weight(shard)
         else:
             linear.set_int8_weight(shard)
 

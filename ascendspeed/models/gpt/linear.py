@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ascendspeed.distributed import fused_kernels
-from ascendspeed.models import int8
+from ascendspeed.models import int8, nf4, quantized_weight
 
 
 def use_weight_gradient(kernel: Callable[[Tensor, Tensor, Tensor], None]) -> None:
@@ -35,7 +35,7 @@ def use_weight_gradient(kernel: Callable[[Tensor, Tensor, Tensor], None]) -> Non
 class KernelLinear(torch.autograd.Function):
     """Product of `Kernels.linear` with its two gradients and the communication of Megatron-core's
     `LinearWithGradAccumulationAndAsyncCommunication`; a frozen weight costs neither memory nor a product. A
-    weight in int8 is dequantised in every pass, and nothing else of it is kept."""
+    weight in 8 or 4 bits is dequantised in every pass, and nothing else of it is kept."""
 
     @staticmethod
     def forward(
@@ -51,7 +51,7 @@ class KernelLinear(torch.autograd.Function):
     ) -> Tensor:
         """x [s, b, k] (under sequence parallel [s / TP, b, k]), weight [n, k], bias [n] -> [s, b, n].
 
-        `allreduce_dgrad`: sums the gradient of x over `group`. `scale` [n, 1]: of a weight in int8.
+        `allreduce_dgrad`: sums the gradient of x over `group`. `scale`: those of a quantised weight.
         """
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.scale = scale
@@ -59,7 +59,7 @@ class KernelLinear(torch.autograd.Function):
         ctx.allreduce_dgrad, ctx.sequence_parallel = allreduce_dgrad, sequence_parallel
         if sequence_parallel:
             x = _gather_sequence(x, group)[0]
-        out = linear(x, weight if scale is None else int8.dequantize(weight, scale))
+        out = linear(x, weight if scale is None else quantized_weight.dequantize(weight, scale, x.dtype))
         return out if bias is None else out + bias
 
     @staticmethod
@@ -68,7 +68,7 @@ class KernelLinear(torch.autograd.Function):
         """Communication runs beside the products, in the order of Megatron-core's function."""
         x, weight = ctx.saved_tensors
         if ctx.scale is not None:
-            weight = int8.dequantize(weight, ctx.scale)
+            weight = quantized_weight.dequantize(weight, ctx.scale, gradient.dtype)
         gathering = exchange = None
         if x is not None and ctx.sequence_parallel:
             x, gathering = _gather_sequence(x, ctx.group, async_op=True)
@@ -97,11 +97,11 @@ def _gather_sequence(x: Tensor, group: Any, async_op: bool = False) -> tuple[Ten
 
 
 class InferenceLinear(torch.nn.Module):
-    """Mixin of linears whose weight can have the layout of `Kernels.pack_weight`, or be in int8."""
+    """Mixin of linears whose weight can have the layout of `Kernels.pack_weight`, or be quantised."""
 
     weight: torch.nn.Parameter
     weight_scale: Tensor | None = None
-    """Scale of each output [n, 1] of a weight in int8."""
+    """Scales of a quantised weight: `quantized_weight.dequantize`."""
     config: Any
     tp_group: Any
 
@@ -109,6 +109,8 @@ class InferenceLinear(torch.nn.Module):
         """x [..., k], weight [n, k] -> x weight^T [..., n], without a gradient."""
         if self.weight_scale is None:
             return self.config.kernels.linear(x, weight)
+        if quantized_weight.is_nf4(weight):
+            return self.config.kernels.linear(x, nf4.dequantize(weight, self.weight_scale, x.dtype))
         return int8.linear(x, weight, self.weight_scale, self.config.kernels.linear)
 
     @torch.no_grad()
@@ -122,6 +124,12 @@ class InferenceLinear(torch.nn.Module):
         if isinstance(self, RowParallelLinear) and self.tp_group.size() > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.tp_group)
         numbers, self.weight_scale = int8.quantize(weight, self.config.params_dtype, largest)
+        self._replace_weight(numbers)
+
+    @torch.no_grad()
+    def set_nf4_weight(self, weight: Tensor) -> None:
+        """Replaces the weight by this rank's part [n, k] of a plain one, in NF4, which is frozen."""
+        numbers, self.weight_scale = nf4.quantize(weight.to(self.weight.device))
         self._replace_weight(numbers)
 
     @torch.no_grad()

@@ -56,8 +56,9 @@ class BaseEngine:
         self.shard_specs = gpt_model.shard_specs(run.model, run.parallel, run.lora)
 
     def _weight_writer(self, modules: Sequence[gpt_model.GPTLanguageModel]) -> gpt_model.WriteShard:
-        """Writes weights as they are, or for QLoRA those of frozen linears in int8."""
-        return gpt_model.int8_writer(*modules) if self.run.lora.quantization_bit else Tensor.copy_
+        """Writes weights as they are, or for QLoRA those of frozen linears in 8 or 4 bits."""
+        bits = self.run.lora.quantization_bit
+        return gpt_model.quantizing_writer(bits, *modules) if bits else Tensor.copy_
 
     def fragments(self) -> Iterator[Fragment]:
         """See `Engine.fragments`."""

@@ -19,6 +19,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
+from serve import BLOCK_SIZE, submit
+
 from ascendspeed.cli import parser
 from ascendspeed.config.schema import ParallelConfig, TrainConfig
 from ascendspeed.models.families import preset
@@ -33,8 +35,6 @@ MODEL = replace(
     num_query_groups=1,
     vocab_size=1024,
 )
-
-BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,10 @@ def peak() -> int:
 
 def generate_paged(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
     """Generates with the paged engine, whose cache is as large as this request."""
-    from ascendspeed.inference.engine import SamplingParams
     from ascendspeed.inference.serving.paged_engine import EngineSettings, PagedEngine
-    from ascendspeed.inference.serving.request import Events, RequestParams, Submission
 
     engine = PagedEngine(model, EngineSettings(-(-(len(prompt) + new_tokens) // BLOCK_SIZE) + 1, BLOCK_SIZE))
-    params = RequestParams(SamplingParams(max_new_tokens=new_tokens))
-    engine.apply(Events((Submission(0, prompt, params),)))
+    submit(engine, [(prompt, new_tokens)])
     tokens: list[int] = []
     while not engine.scheduler.is_idle:
         tokens += [result.choice.token for result in engine.step()]

@@ -79,21 +79,27 @@ def workloads(vocab_size: int) -> dict[str, Work]:
     }
 
 
-def paged(model: Any, work: Work) -> list[list[int]]:
-    """Runs the requests through the paged engine; its cache begins empty."""
+def submit(engine: Any, work: Work, first: int = 0) -> None:
+    """Adds requests to a paged engine, with numbers from `first` on."""
     from ascendspeed.inference.engine import SamplingParams
-    from ascendspeed.inference.serving.paged_engine import EngineSettings, PagedEngine
     from ascendspeed.inference.serving.request import Events, RequestParams, Submission
 
-    engine = PagedEngine(model, EngineSettings(NUM_BLOCKS, BLOCK_SIZE))
     engine.apply(
         Events(
             tuple(
                 Submission(number, prompt, RequestParams(SamplingParams(max_new_tokens=count)))
-                for number, (prompt, count) in enumerate(work)
+                for number, (prompt, count) in enumerate(work, first)
             )
         )
     )
+
+
+def paged(model: Any, work: Work) -> list[list[int]]:
+    """Runs the requests through the paged engine; its cache begins empty."""
+    from ascendspeed.inference.serving.paged_engine import EngineSettings, PagedEngine
+
+    engine = PagedEngine(model, EngineSettings(NUM_BLOCKS, BLOCK_SIZE))
+    submit(engine, work)
     outputs: dict[int, list[int]] = {}
     while not engine.scheduler.is_idle:
         for result in engine.step():

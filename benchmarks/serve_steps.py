@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from typing import Annotated, Any, Literal
 
 import generate
 from evaluate import write_model
-from serve import BLOCK_SIZE, NUM_BLOCKS, Work
+from serve import BLOCK_SIZE, NUM_BLOCKS, Work, submit
 
 from ascendspeed.cli import parser
 from ascendspeed.utils import errors
@@ -73,21 +74,6 @@ def new_engine(model: Any, lookup: int = 0) -> Any:
     from ascendspeed.inference.serving.paged_engine import EngineSettings, PagedEngine
 
     return PagedEngine(model, EngineSettings(NUM_BLOCKS, BLOCK_SIZE, token_budget=BUDGET, lookup=lookup))
-
-
-def submit(engine: Any, work: Work, first: int = 0) -> None:
-    """Adds requests with numbers from `first` on."""
-    from ascendspeed.inference.engine import SamplingParams
-    from ascendspeed.inference.serving.request import Events, RequestParams, Submission
-
-    engine.apply(
-        Events(
-            tuple(
-                Submission(number, prompt, RequestParams(SamplingParams(max_new_tokens=count)))
-                for number, (prompt, count) in enumerate(work, first)
-            )
-        )
-    )
 
 
 def run_steps(engine: Any) -> tuple[list[float], dict[int, list[int]]]:
@@ -209,7 +195,9 @@ def lookup(model: Any, options: Options) -> Iterator[str]:
 @contextmanager
 def served(folder: Path, options: Options) -> Iterator[tuple[int, int]]:
     """Serves the model while the context is open; yields the port and the process ID."""
-    port = 18217
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     memory = NUM_BLOCKS * BLOCK_SIZE * 2 * generate.SMALL.num_layers * generate.SMALL.kv_heads
     memory *= generate.SMALL.head_dim * {"fp32": 4, "bf16": 2}[options.dtype]
     words = ["tasks/inference/serve.py", "--load", str(folder), "--device", "cpu", "--port", str(port)]
@@ -231,8 +219,6 @@ def served(folder: Path, options: Options) -> Iterator[tuple[int, int]]:
 
 
 def _is_open(port: int) -> bool:
-    import socket
-
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ascendspeed.config.schema import NF4_BLOCK
 from ascendspeed.models import nf4
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,7 +38,7 @@ def test_every_number_is_the_nearest(dtype):
 def test_equals_bitsandbytes(dtype):
     functional = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").functional
     weight = weights(dtype)
-    expected, state = functional.quantize_4bit(weight, blocksize=nf4.BLOCK, quant_type="nf4")
+    expected, state = functional.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
     packed, scales = nf4.quantize(weight)
     assert torch.equal(packed.view(-1), expected.view(-1))
     assert torch.equal(scales.view(-1), state.absmax.view(-1))

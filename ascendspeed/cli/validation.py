@@ -253,10 +253,6 @@ def _check_quantization(run: Run) -> None:
         _check_nf4_blocks(run)
 
 
-NF4_BLOCK = 64
-"""`models.nf4.BLOCK`, which needs torch to be imported."""
-
-
 def _check_nf4_blocks(run: Run) -> None:
     """Raises UserError if a linear's inputs on a rank cannot be divided into blocks of NF4."""
     model, tp = run.model, run.parallel.tensor_model_parallel_size
@@ -264,10 +260,10 @@ def _check_nf4_blocks(run: Run) -> None:
     cut |= {f"an MLP of {width}": width for width in model.ffn_widths}
     widths = {"hidden_size": model.hidden_size, **{name: width // tp for name, width in cut.items()}}
     for name, width in widths.items():
-        if width % NF4_BLOCK:
+        if width % schema.NF4_BLOCK:
             raise UserError(
-                f"--quantization-bit 4 has a scale for every {NF4_BLOCK} inputs, and {name} has {width} on a "
-                f"rank (TP {tp}); use --quantization-bit 8"
+                f"--quantization-bit 4 has a scale for every {schema.NF4_BLOCK} inputs, and {name} has "
+                f"{width} on a rank (TP {tp}); use --quantization-bit 8"
             )
 
 

@@ -7,8 +7,8 @@ device.
 import torch
 from torch import Tensor
 
-BLOCK = 64
-"""Consecutive inputs of an output that share a scale."""
+from ascendspeed.config.schema import NF4_BLOCK
+
 VALUES = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -21,7 +21,7 @@ VALUES = (
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [n, k], k a multiple of 64 -> two numbers per byte, uint8 [n, k / 2], and scales [n, k / 64] in
     fp32."""
-    blocks = weight.float().unflatten(-1, (-1, BLOCK))
+    blocks = weight.float().unflatten(-1, (-1, NF4_BLOCK))
     scales = blocks.abs().amax(-1, keepdim=True)
     values = torch.tensor(VALUES, device=weight.device)
     middles = (values[1:] + values[:-1]) / 2
@@ -34,4 +34,4 @@ def dequantize(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 [n, k / 2], scales [n, k / 64] -> values [n, k] in `dtype`."""
     numbers = torch.stack((packed >> 4, packed & 15), -1).flatten(-2)
     values = torch.tensor(VALUES, device=packed.device)[numbers.int()]
-    return (values.unflatten(-1, (-1, BLOCK)) * scales[..., None]).flatten(-2).to(dtype)
+    return (values.unflatten(-1, (-1, NF4_BLOCK)) * scales[..., None]).flatten(-2).to(dtype)

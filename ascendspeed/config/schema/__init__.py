@@ -20,10 +20,11 @@ from ascendspeed.config.schema.optim import OptimConfig
 from ascendspeed.config.schema.parallel import ParallelConfig, check_tensor_parallel, padded_vocab_size
 from ascendspeed.config.schema.run import InputRecord, Run, from_dict, to_dict
 from ascendspeed.config.schema.train import TrainConfig
-from ascendspeed.config.schema.tuning import REFERENCE_LOSSES, LoraConfig, PreferenceConfig
+from ascendspeed.config.schema.tuning import NF4_BLOCK, REFERENCE_LOSSES, LoraConfig, PreferenceConfig
 
 __all__ = [
     "MOCK_DATA",
+    "NF4_BLOCK",
     "REFERENCE_LOSSES",
     "TRAINING_FIELDS",
     "BackendChoice",

@@ -7,6 +7,9 @@ from tyro.conf import Suppress
 
 from ascendspeed.config.schema.choices import alias
 
+NF4_BLOCK = 64
+"""Consecutive inputs of an output that share a scale under --quantization-bit 4."""
+
 
 @dataclass(frozen=True)
 class LoraConfig:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -146,7 +147,15 @@ def test_internevo(write):
         ('"local:llm_ckpts"', '"boto3:s3://x"', "only local: paths"),
         ('"INTERNLM"', '"LLAMA2"', "choose one with --model"),
         ("adam_beta2_c=0", "adam_beta2_c=1 / 0", "is not a literal"),
-        ('rampup_batch_size=""', 'rampup_batch_size="4 2 100"', "counts samples of all ranks"),
+        ('rampup_batch_size=""', 'rampup_batch_size="4 2"', "not START INCREMENT ITERATIONS"),
+        ('rampup_batch_size=""', 'rampup_batch_size="1 2 9"', "do not lead from 1 to data.micro_num = 4"),
+        ('rampup_batch_size=""', 'rampup_batch_size="8 2 9"', "do not lead from 8 to data.micro_num = 4"),
+        (
+            "micro_bsz=2, valid_micro_num=4, valid_every=0, pack_sample_into_one=False,\n"
+            '    total_steps=50000, skip_batches="", rampup_batch_size=""',
+            'micro_bsz=3, rampup_batch_size="1 1 9"',
+            "choose a multiple of data.micro_num x data.micro_bsz = 12",
+        ),
         ('skip_batches=""', 'skip_batches="7-3"', "'7-3' is not N or FIRST-LAST"),
     ],
 )
@@ -162,6 +171,42 @@ def test_internevo_skips_the_same_batches(write):
     skipped = [number for number in range(10) if batch_schedule.is_skipped(run.train, number)]
     assert skipped == [2, 3, 7]
     assert internevo(write, *words).train.skip_batches is None
+
+
+def internevo_batch_sizes(micro_num: int, ramp: str, steps: int) -> list[int]:
+    """Micro-batches of a data-parallel rank in each step, by the rule of InternEvo's `StaticBatchSampler`."""
+    start, increment, every = map(int, ramp.split())
+    return [min(start + step // every * increment, micro_num) for step in range(steps)]
+
+
+def batch_sizes_of(run: Run, steps: int) -> list[int]:
+    """Global batch size of each step of a run."""
+    sizes: list[int] = []
+    for _ in range(steps):
+        sizes.append(batch_schedule.batch_size_at(run.train, sum(sizes)))
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("micro_num", "ramp"), [(4, "1 1 4"), (8, "2 2 2"), (8, "2 3 5"), (4, "4 2 9"), (6, "2 4 1")]
+)
+def test_internevo_ramps_by_iterations(write, micro_num, ramp):
+    """Eight data-parallel ranks with micro-batches of 2: the batches of InternEvo, step by step."""
+    ramped = INTERNEVO.replace('rampup_batch_size=""', f'rampup_batch_size="{ramp}"')
+    path = write("config.py", ramped.replace("micro_num=4", f"micro_num={micro_num}", 1))
+    run, _ = resolve(["--config", path, "--global-batch-size", str(micro_num * 2 * 8)], 16)
+    expected = [size * 2 * 8 for size in internevo_batch_sizes(micro_num, ramp, 40)]
+    assert batch_sizes_of(run, 40) == expected
+    assert run.train.train_iters == 50000
+    assert batch_schedule.iterations_of(run.train, sum(expected)) == 40
+    assert batch_schedule.iterations_of(run.train, sum(expected) - 1) == 39
+    if len(set(expected)) > 2:  # control: the rule of Megatron-LM, steps of equally many samples
+        start, increment, _ = run.train.rampup_batch_size_iters
+        ramp_samples = sum(size for size in expected if size < expected[-1])
+        by_samples = replace(
+            run.train, rampup_batch_size=(start, increment, ramp_samples), rampup_batch_size_iters=None
+        )
+        assert batch_sizes_of(replace(run, train=by_samples), 40) != expected
 
 
 def test_internevo_needs_the_global_batch(write):

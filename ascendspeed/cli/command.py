@@ -59,8 +59,7 @@ def parse(
     config = config_file.take(words) if has_config else config_file.ConfigFlags(tuple(words))
     legacy = legacy_flags.translate(config.words, table)
     if config.path is not None:
-        typed = frozenset(parser.typed_fields(cls, legacy.args))
-        added, notes = config_file.words_of(cls, config.path, typed)
+        added, notes = config_file.words_of(cls, config.path, parser.typed_words(cls, legacy.args))
         legacy = replace(legacy, args=(*added, *legacy.args), notes=(*legacy.notes, *notes))
     if table:
         description = f"{description}\n\n{HINT}"

@@ -67,7 +67,8 @@ _MEGATRON = (
         "--lr-warmup-init --warmup",
     ),
     (
-        "the global batch size is constant, or grows by --rampup-batch-size in steps that fit the ranks",
+        "the global batch size is constant, or grows by --rampup-batch-size or --rampup-batch-size-iters in "
+        "steps that fit the ranks",
         "--step-batch-size-schedule --decrease-batch-size-if-needed",
     ),
     (

@@ -152,10 +152,18 @@ def spellings(cls: type, pairs: bool = True) -> dict[str, str]:
 
 def typed_fields(cls: type, args: Sequence[str] | None = None) -> set[str]:
     """Returns the names of the fields that the command line sets, as opposed to those that keep a default."""
+    return set(typed_words(cls, sys.argv[1:] if args is None else args))
+
+
+def typed_words(cls: type, args: Sequence[str]) -> dict[str, str]:
+    """Returns the fields that the command line sets, with the first word of each one's last value."""
     known = spellings(cls)
-    words = sys.argv[1:] if args is None else args
-    flags = (normalized(word.partition("=")[0]) for word in words)
-    return {known[flag] for flag in flags if flag in known}
+    fields = {}
+    for word, following in zip(args, (*args, "")[1:], strict=True):
+        flag, equals, value = word.partition("=")
+        if field := known.get(normalized(flag)):
+            fields[field] = value if equals else following
+    return fields
 
 
 def normalized(flag: str) -> str:

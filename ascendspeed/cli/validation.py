@@ -420,7 +420,8 @@ def _check_world(run: Run, world: int) -> None:
     samples = micro_batch * dp  # of one micro-batch on all ranks
     for global_batch in reversed(batch_schedule.batch_sizes(run.train)):
         if global_batch % samples:
-            ramp = "" if global_batch == run.train.global_batch_size else " (of --rampup-batch-size)"
+            flag = "--rampup-batch-size" if run.train.rampup_batch_size else "--rampup-batch-size-iters"
+            ramp = "" if global_batch == run.train.global_batch_size else f" (of {flag})"
             raise UserError(
                 f"--global-batch-size {global_batch}{ramp} is not a multiple of --micro-batch-size "
                 f"{micro_batch} x {dp} data-parallel ranks = {samples}; choose "

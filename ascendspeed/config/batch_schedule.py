@@ -1,5 +1,8 @@
-"""Batch sizes and skipped iterations of a run, as pure functions of its position, equal to
-`megatron.core.num_microbatches_calculator`. No torch."""
+"""Batch sizes and skipped iterations of a run, as pure functions of its position. No torch.
+
+--rampup-batch-size equals `megatron.core.num_microbatches_calculator`, --rampup-batch-size-iters the batch
+sampler of InternEvo.
+"""
 
 import re
 
@@ -9,10 +12,17 @@ from ascendspeed.utils.errors import UserError
 
 def batch_size_at(train: TrainConfig, samples: int) -> int:
     """Global batch size of the iteration that begins after `samples` consumed samples."""
-    if train.rampup_batch_size is None:
-        return train.global_batch_size or 0
-    start, increment, ramp = train.rampup_batch_size
     full = train.global_batch_size or 0
+    if train.rampup_batch_size_iters is not None:
+        start, increment, iterations = train.rampup_batch_size_iters
+        for size in range(start, full, increment):
+            samples -= size * iterations
+            if samples < 0:
+                return size
+        return full
+    if train.rampup_batch_size is None:
+        return full
+    start, increment, ramp = train.rampup_batch_size
     if samples > ramp or start == full:
         return full
     return start + int(samples / (ramp / ((full - start) // increment))) * increment
@@ -21,14 +31,17 @@ def batch_size_at(train: TrainConfig, samples: int) -> int:
 def batch_sizes(train: TrainConfig) -> tuple[int, ...]:
     """All global batch sizes of a run, in their order."""
     full = train.global_batch_size or 0
-    if train.rampup_batch_size is None:
+    ramp = train.rampup_batch_size or train.rampup_batch_size_iters
+    if ramp is None:
         return (full,)
-    start, increment, _ = train.rampup_batch_size
+    start, increment, _ = ramp
     return tuple(range(start, full + 1, increment))
 
 
 def iterations_of(train: TrainConfig, samples: int) -> int:
     """Iterations of a run of so many samples; a last batch that would be incomplete is left out."""
+    if train.rampup_batch_size_iters is not None:
+        return _iterations_of_equal_steps(train, samples)
     if train.rampup_batch_size is None:
         return samples // (train.global_batch_size or 1)
     iterations = consumed = 0
@@ -38,17 +51,39 @@ def iterations_of(train: TrainConfig, samples: int) -> int:
     return iterations + max(0, samples - consumed) // (train.global_batch_size or 1)
 
 
+def _iterations_of_equal_steps(train: TrainConfig, samples: int) -> int:
+    """Iterations of so many samples with --rampup-batch-size-iters."""
+    assert train.rampup_batch_size_iters is not None
+    start, increment, step = train.rampup_batch_size_iters
+    full = train.global_batch_size or 1
+    iterations = 0
+    for size in range(start, full, increment):
+        count = min(step, samples // size)
+        iterations += count
+        samples -= count * size
+        if count < step:
+            return iterations
+    return iterations + samples // full
+
+
 def check_rampup(train: TrainConfig) -> None:
-    """Raises `UserError` for a --rampup-batch-size that does not lead to --global-batch-size."""
-    if train.rampup_batch_size is None:
+    """Raises `UserError` for a ramp that does not lead to --global-batch-size."""
+    ramp = train.rampup_batch_size or train.rampup_batch_size_iters
+    if ramp is None:
         return
-    start, increment, ramp = train.rampup_batch_size
+    by_samples = train.rampup_batch_size is not None
+    start, increment, length = ramp
     full = train.global_batch_size or 0
-    flag = f"--rampup-batch-size {start} {increment} {ramp}"
-    if train.train_samples is None:
+    flag = f"--rampup-batch-size{'' if by_samples else '-iters'} {start} {increment} {length}"
+    if by_samples and train.rampup_batch_size_iters is not None:
+        raise UserError(f"{flag} and --rampup-batch-size-iters: give one of them")
+    if by_samples and train.train_samples is None:
         raise UserError(f"{flag} needs the length of the run in samples: --train-samples")
-    if start < 1 or increment < 1 or ramp < 1:
-        raise UserError(f"{flag}: START, INCREMENT and SAMPLES must be at least 1")
+    if train.train_epochs is not None:
+        raise UserError(f"{flag} does not go with --train-epochs; give --train-iters or --train-samples")
+    if min(ramp) < 1:
+        unit = "SAMPLES" if by_samples else "ITERATIONS"
+        raise UserError(f"{flag}: START, INCREMENT and {unit} must be at least 1")
     if start > full or (full - start) % increment:
         raise UserError(
             f"{flag}: steps of {increment} do not lead from {start} to --global-batch-size {full}; choose an "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ascendspeed.config.batch_schedule import batch_sizes
 from ascendspeed.config.schema import Run
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid
@@ -90,7 +91,7 @@ def _log_length(run: Run, steps: int) -> None:
     """Logs the steps and tokens that are left."""
     samples, length = run.train.global_batch_size, run.data.seq_length
     assert samples is not None
-    ramp = " at the end" if run.train.rampup_batch_size else ""
+    ramp = " at the end" if len(batch_sizes(run.train)) > 1 else ""
     logger.info(
         f"length: {max(0, steps):,} steps of {samples:,} samples{ramp} x {length:,} = "
         f"{samples * length:,} tokens; {max(0, steps) * samples * length:,} tokens in all"

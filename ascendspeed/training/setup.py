@@ -41,6 +41,7 @@ REPORTED_TRAIN = (
     "train_iters",
     "train_samples",
     "rampup_batch_size",
+    "rampup_batch_size_iters",
     "iterations_to_skip",
     "skip_batches",
     "label_smoothing",

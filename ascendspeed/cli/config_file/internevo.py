@@ -1,5 +1,6 @@
 """Keys of InternEvo's training configuration (`config.py`)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ascendspeed.cli.config_file.rules import Only, Rule, Unused, translate
@@ -65,11 +66,16 @@ def _micro_num(value: Any) -> dict[str, Any]:
     return {"_micro_num": value}
 
 
-RAMP = (
-    "it adds samples per rank after equal numbers of iterations; --rampup-batch-size START INCREMENT SAMPLES "
-    "counts samples of all ranks and adds after equal numbers of samples: give that, with --train-samples, "
-    "and leave this key out"
-)
+def _ramp(value: Any) -> dict[str, Any]:
+    """Start, increment and iterations of a ramp of batch sizes: micro-batches of a data-parallel rank."""
+    if not value:
+        return {}
+    numbers = str(value).split()
+    if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
+        raise UserError('not START INCREMENT ITERATIONS, three positive numbers of one text: "4 2 100"')
+    return {"_ramp": tuple(map(int, numbers))}
+
+
 TOTAL = "set data.total_steps to this number; the schedule ends with the run"
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("JOB_NAME", "DO_ALERT", "monitor.*", "monitor", "alert_address"), ENGINE),
@@ -95,7 +101,7 @@ RULES: dict[str, Rule] = {
     "data.pack_sample_into_one": lambda value: {"packing": "internevo-whole" if value else "internevo-cut"},
     "data.total_steps": "train_iters",
     "data.skip_batches": lambda value: {"skip_batches": value} if value else {},
-    "data.rampup_batch_size": Only(("", None), RAMP),
+    "data.rampup_batch_size": _ramp,
     "data.min_length": "min_length",
     "data.train_folder": lambda value: {"data_path": (value,)} if value else {},
     "data.valid_folder": lambda value: {"valid_data_path": (value,)} if value else {},
@@ -145,8 +151,11 @@ RULES: dict[str, Rule] = {
 }
 
 
-def fields_of(values: dict[str, Any], where: str, typed: frozenset[str]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the fields of a configuration, and notes. `typed`: fields that the command line sets.
+def fields_of(
+    values: dict[str, Any], where: str, typed: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the fields of a configuration, and notes. `typed`: fields that the command line sets, and their
+    first words.
 
     Raises UserError for keys and values without an equivalent.
     """
@@ -159,6 +168,8 @@ def fields_of(values: dict[str, Any], where: str, typed: frozenset[str]) -> tupl
             f"{where}: data.micro_num = {number}: the global batch is micro_bsz x micro_num x data-parallel "
             "ranks; give it as --global-batch-size"
         )
+    if ramp := fields.pop("_ramp", None):
+        fields |= _ramp_of_samples(ramp, number, fields.get("micro_batch_size", 1), typed, where)
     if fields.pop("_save", True) is False:
         fields.pop("save", None)
         fields.pop("save_interval", None)
@@ -170,7 +181,35 @@ def fields_of(values: dict[str, Any], where: str, typed: frozenset[str]) -> tupl
     return fields, notes
 
 
-def _derive_model(fields: dict[str, Any], where: str, typed: frozenset[str]) -> None:
+def _ramp_of_samples(
+    ramp: tuple[int, int, int], micro_num: int, micro_bsz: int, typed: Mapping[str, str], where: str
+) -> dict[str, Any]:
+    """Returns the ramp in samples of all ranks.
+
+    Raises UserError for a ramp that InternEvo refuses, or that has no equal in samples.
+    """
+    start, increment, iterations = ramp
+    key = f"{where}: data.rampup_batch_size = {start} {increment} {iterations}"
+    if start > micro_num or (micro_num - start) % increment:
+        raise UserError(
+            f"{key}: steps of {increment} do not lead from {start} to data.micro_num = {micro_num}"
+        )
+    if start == micro_num:
+        return {}
+    full = typed["global_batch_size"]
+    if not full.isdecimal():
+        return {}  # the parser refuses it
+    unit, rest = divmod(int(full), micro_num)
+    if rest or unit % micro_bsz:
+        raise UserError(
+            f"{key} counts micro-batches of a data-parallel rank, but no number of ranks has "
+            f"--global-batch-size {full}: choose a multiple of data.micro_num x data.micro_bsz = "
+            f"{micro_num * micro_bsz}"
+        )
+    return {"rampup_batch_size_iters": (start * unit, increment * unit, iterations)}
+
+
+def _derive_model(fields: dict[str, Any], where: str, typed: Mapping[str, str]) -> None:
     """Replaces the model type by a family, and the ratio of the MLP by its width."""
     ratio = fields.pop("_mlp_ratio", None)
     if ratio is not None and "hidden_size" in fields:

@@ -22,7 +22,11 @@ LARGEST = 1 << 20
 """Bytes of the largest file."""
 RECORDS = ("inputs",)
 """Sections of run.json that describe a run instead of configuring it."""
-RIVALS = [{"train_iters", "train_epochs", "train_samples"}, {"lr_warmup_iters", "lr_warmup_fraction"}]
+RIVALS = [
+    {"train_iters", "train_epochs", "train_samples"},
+    {"lr_warmup_iters", "lr_warmup_fraction"},
+    {"rampup_batch_size", "rampup_batch_size_iters"},
+]
 """Fields of which only one may be set: one on the command line replaces the others of the file."""
 DERIVED = {"train_epochs": "train_iters", "train_samples": "train_iters", "mock_data": "data_path"}
 """Fields of a resolved run -> the field that follows from them."""
@@ -60,8 +64,9 @@ def take(words: Sequence[str]) -> ConfigFlags:
     return ConfigFlags(tuple(rest), path, dumps)
 
 
-def words_of(cls: type, path: str, typed: frozenset[str]) -> tuple[list[str], list[str]]:
-    """Returns the words that set what a file sets and the command line (`typed` fields) does not; and notes.
+def words_of(cls: type, path: str, typed: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Returns the words that set what a file sets and the command line (`typed`: its fields and their first
+    words) does not; and notes.
 
     Raises UserError for an unreadable file, and for keys that the command does not have.
     """
@@ -80,7 +85,7 @@ def words_of(cls: type, path: str, typed: frozenset[str]) -> tuple[list[str], li
     words: list[str] = []
     for name, value in fields.items():
         rivals = set().union(*(group for group in RIVALS if name in group))
-        if name not in typed and not rivals & typed and name in flags:
+        if name not in typed and not rivals & typed.keys() and name in flags:
             new = _words(flags[name], value, path, in_model=name in model_fields)
             repeated = isinstance(value, list) and name in appended
             words += [word for item in new[1:] for word in (new[0], item)] if repeated else new
@@ -104,7 +109,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _fields_of(cls: type, path: str, typed: frozenset[str]) -> tuple[dict[str, Any], list[str]]:
+def _fields_of(cls: type, path: str, typed: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Reads a file and returns its fields and notes."""
     file = checked_text(path)
     if file.stat().st_size > LARGEST:

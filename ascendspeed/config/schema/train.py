@@ -17,6 +17,9 @@ class TrainConfig:
     rampup_batch_size: tuple[int, int, int] | None = None
     """START INCREMENT SAMPLES: begin with a global batch of START and add INCREMENT in equal steps, until
     after SAMPLES samples it is --global-batch-size; needs --train-samples."""
+    rampup_batch_size_iters: tuple[int, int, int] | None = None
+    """START INCREMENT ITERATIONS: begin with a global batch of START and add INCREMENT after every ITERATIONS
+    iterations until it is --global-batch-size, as InternEvo does."""
     iterations_to_skip: tuple[int, ...] = ()
     """Iterations whose samples are left out without an update; the first iteration is 0, as in
     Megatron-LM (the log calls it 1)."""

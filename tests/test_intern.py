@@ -101,7 +101,7 @@ def test_version(monkeypatch, capsys):
     ("words", "message"),
     [
         (["tran"], "no command 'tran' (perhaps train); choose train, data"),
-        (["--completion", "fish"], "choose bash, zsh, tcsh"),
+        (["--completion", "fish"], "choose bash, zsh"),
         (["train", "--nproc", "0"], "--nproc 0: give the number of processes"),
         (["serve", "--nproc"], "--nproc: give the number of processes"),
     ],
@@ -157,14 +157,40 @@ def test_starts_a_launcher(monkeypatch, environment, nproc, launched):
     assert calls == ([nproc] if launched else [["intern train", "--bf16"]])
 
 
-def test_completion_knows_flags_and_values():
-    script = intern.completion("bash")
+@pytest.fixture(scope="module")
+def bash_completion() -> str:
+    return intern.completion("bash")
+
+
+def test_completion_knows_flags_and_values(bash_completion):
+    script = bash_completion
     for command in intern.available():
         assert command.name in script
     assert "--tensor-model-parallel-size" in script
     assert "hf-llama" in script
     done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+def candidates(script: str, *words: str) -> list[str]:
+    """Words that bash offers for the last one of a command line."""
+    line = " ".join(f"'{word}'" for word in words)
+    ask = f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _tyro_intern; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash"], input=f"{script}\n{ask}", text=True, capture_output=True, check=True)
+    return done.stdout.split()
+
+
+def test_completion_offers_flags_and_not_their_help(bash_completion):
+    assert {"hf", "hf-llama"} == set(candidates(bash_completion, "intern", "convert", "--format", "h"))
+    flags = candidates(bash_completion, "intern", "train", "--")
+    assert len(flags) > 100
+    assert all(re.fullmatch(r"--[\w-]+", flag) for flag in flags)
+
+
+@pytest.mark.slow
+def test_completion_of_every_shell():
+    for shell in intern.SHELLS:
+        assert "COMPLETION_SPEC" in intern.completion(shell)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
 
 PACKAGE = "ascendspeed.commands"
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh")
 NPROC_FLAGS = ("--nproc", "--nproc-per-node")
 LAUNCH_VARIABLES = ("NPROC", "NNODES", "HOSTFILE", "RESTARTS")
 """Variables of examples/intern/launch.sh that ask for a launcher."""
@@ -139,7 +139,12 @@ def completion(shell: str) -> str:
             args=["--tyro-print-completion", shell],
             config=(tyro.conf.OmitArgPrefixes,),
         )
-    return output.getvalue()
+    return "\n".join(_one_line_helps(line) for line in output.getvalue().splitlines())
+
+
+def _one_line_helps(line: str) -> str:
+    """Removes line breaks from the helps of a completion script, where they would begin further candidates."""
+    return line.replace(r"\n", " ") if line.startswith("COMPLETION_SPEC") else line
 
 
 def options_class(command: Subcommand) -> Any:

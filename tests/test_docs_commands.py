@@ -186,6 +186,10 @@ CONTROLS = {
         "DATA=d bash examples/intern/finetune_internlm2_7b_alpaca.sh",
         "--model internlm2-7b sets family = internlm2, but --load internlm-7b",
     ),
+    "processes that are still exported": (
+        "mkdir c\nexport NPROC=2\nintern generate --load c --prompt x",
+        "2 processes were started, but TP 1 x PP 1 are 1",
+    ),
     "a clone twice": ("git clone https://x.org/a/b\n" * 2, "b exists and is not empty"),
     "an unknown flag": (
         "touch a b\npython tools/compare_loss.py a b --bf16",

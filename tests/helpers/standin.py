@@ -134,6 +134,16 @@ def convert(source: str, target: str) -> Callable[[Flags], None]:
     return run
 
 
+def need_processes(flags: Flags) -> None:
+    """A launch of a model that answers has as many processes as its layout."""
+    names = (("tp", "tensor-model-parallel-size"), ("pp", "pipeline-model-parallel-size"))
+    sizes = [flags.get(short, flags.get(name, ["1"]))[0] for short, name in names]
+    ranks = int(sizes[0]) * int(sizes[1])
+    nproc = os.environ.get("NPROC")
+    if nproc and int(nproc) != ranks and not os.environ.get("NNODES") and not os.environ.get("HOSTFILE"):
+        fail(f"{nproc} processes were started, but TP {sizes[0]} x PP {sizes[1]} are {ranks}")
+
+
 def answer(flags: Flags) -> None:
     need_files(flags, "load")
     if not flags.get("tokenizer-name-or-path"):
@@ -222,6 +232,8 @@ def python(words: Sequence[str]) -> None:
     if words[0] in ("-", "-c"):
         os.execv(os.environ["STANDIN_PYTHON"], [os.environ["STANDIN_PYTHON"], *words])
     if words[:2] == ["-m", "ascendspeed.cli.launch"]:
+        if "--quiet" in words:
+            need_processes(flags_of(words[2:]))
         words = [word for word in words[2:] if word != "--quiet"]
         need(*filter(None, [os.environ.get("HOSTFILE")]))
     script = os.path.normpath(words[1] if words[0] == "-m" else words[0])
@@ -257,6 +269,8 @@ def intern(words: Sequence[str]) -> None:
     else:
         os.environ.setdefault("NPROC", "1")
     if words[0] in INTERN and not {"--help", "--dump-config"} & set(flags):
+        if words[0] in ("generate", "chat", "serve", "eval"):
+            need_processes(flags_of(flags))
         python([INTERN[words[0]], *(["--task", "chat"] if words[0] == "chat" else []), *flags])
 
 

@@ -19,6 +19,7 @@ LAYERS = 2
 def planned(*words: object, code: int = 0) -> dict:
     done = launch.script("tools/plan.py", "--json", *words)
     assert done.returncode == code, done.stderr[-3000:]
+    assert "Warning" not in done.stderr
     return json.loads(done.stdout)
 
 
@@ -39,6 +40,13 @@ def test_model_states_of_megatron(words, optimizer):
     assert rank["persistent"]["buffers"] < 2**24
     assert plan["peak"] == sum(rank["at_peak"].values())
     assert plan["fits"] is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_warns_of_nothing(stage):
+    """ZeRO reads the alignment of its buffers, of which torch warns with fake tensors."""
+    planned("--model", "internlm-tiny", "--bf16", "--deepspeed", "--zero-stage", stage, "--devices", 2)
 
 
 def test_activations_and_logits():

@@ -143,7 +143,7 @@ def completion(shell: str) -> str:
 
 
 def _one_line_helps(line: str) -> str:
-    """Removes line breaks from the helps of a completion script, where they would begin further candidates."""
+    """Removes line breaks from the helps of a completion script: each would begin another candidate."""
     return line.replace(r"\n", " ") if line.startswith("COMPLETION_SPEC") else line
 
 

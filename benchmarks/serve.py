@@ -1,17 +1,21 @@
 """Compares continuous batching over the paged cache with batches, on the same weights, in alternating runs.
 
     python benchmarks/serve.py --threads 1 --out benchmarks/results/serve-cpu.md
+    python benchmarks/serve.py --threads 1 --vllm-python ~/vllm/bin/python --out ...
 
 Peers: the project's own batches of 16 (longest prompts first), Hugging Face's `generate` in the same batches,
-and transformers' continuous batching. The result is the ratio of CPU time, peer / paged engine: above 1 the
-engine is faster. In fp32 all sides but the last must generate the same tokens.
+transformers' continuous batching, and vLLM if an environment has it. The result is the ratio of CPU time,
+peer / paged engine: above 1 the engine is faster. In fp32 the project's and Hugging Face's batches must
+generate the same tokens as the engine; of the others it is printed how many answers are the same.
 """
 
 import datetime
 import os
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -20,6 +24,7 @@ from typing import Annotated, Any, Literal
 
 import generate
 from clock import timed
+from vllm_peer import VllmPeer, Work
 
 from ascendspeed.cli import parser
 from ascendspeed.utils import errors
@@ -29,9 +34,9 @@ BATCH = 16
 BLOCK_SIZE = 32
 NUM_BLOCKS = 1024
 CONTINUOUS_BATCHING = "transformers' continuous batching"
+MAX_LENGTH = 2048
+"""Longest sequence that vLLM is told of; the requests are shorter."""
 
-Work = list[tuple[list[int], int]]
-"""(prompt, number of new tokens) of every request."""
 Side = Callable[[Work], list[list[int]]]
 """Returns the new tokens of every request."""
 
@@ -52,6 +57,8 @@ class Options:
     """Measured runs of each side, after a warm-up run."""
     threads: int | None = None
     """CPU threads; None: torch's default. Use 1 on a shared machine."""
+    vllm_python: str | None = None
+    """Python of an environment with vLLM, which becomes a peer; None: without."""
     out: Annotated[Path | None, parser.output_flag("out")] = None
     """Markdown file to write; None: print only."""
 
@@ -190,21 +197,43 @@ def continuous_batching(model: Any, work: Work) -> list[list[int]]:
     return [outputs[number] for number in range(len(work))]
 
 
+@contextmanager
+def vllm_sides(options: Options, hugging_face: Any) -> Iterator[dict[str, Side]]:
+    """Starts vLLM over the same weights, if an environment with it is named."""
+    if options.vllm_python is None:
+        yield {}
+        return
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        hugging_face.save_pretrained(folder)
+        dtype = str(hugging_face.dtype).removeprefix("torch.")
+        try:
+            peer = VllmPeer(options.vllm_python, folder, dtype, MAX_LENGTH, torch.get_num_threads())
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--vllm-python {options.vllm_python}: {error}") from error
+    try:
+        yield {f"vLLM {peer.version}": peer}
+    finally:
+        peer.close()
+
+
 def measure(options: Options, device: Any) -> tuple[dict[str, dict[str, list[float]]], str]:
     """Returns case -> side -> CPU seconds of every round, and the kernels of the project."""
     settings = generate.Options(model=options.model, layers=options.layers, dtype=options.dtype)
     project, hugging_face = generate.build_models(settings, device)
     results: dict[str, dict[str, list[float]]] = {}
-    for case, work in workloads(project.config.vocab_size).items():
-        sides: dict[str, Side] = {
-            "paged": partial(paged, project),
-            "batches of 16": partial(batches, project),
-            "generate": partial(hugging_face_batches, hugging_face),
-        }
-        if case.startswith("32 "):
-            sides[CONTINUOUS_BATCHING] = partial(continuous_batching, hugging_face)
-        results[case] = measure_case(case, work, sides, options, device)
-        print(table({case: results[case]}), flush=True)
+    with vllm_sides(options, hugging_face) as vllm:
+        for case, work in workloads(project.config.vocab_size).items():
+            sides: dict[str, Side] = {
+                "paged": partial(paged, project),
+                "batches of 16": partial(batches, project),
+                "generate": partial(hugging_face_batches, hugging_face),
+            }
+            if case.startswith("32 "):
+                sides[CONTINUOUS_BATCHING] = partial(continuous_batching, hugging_face)
+            results[case] = measure_case(case, work, sides | vllm, options, device)
+            print(table({case: results[case]}), flush=True)
     return results, str(project.gpt.config.kernels)
 
 
@@ -219,14 +248,14 @@ def measure_case(
         for side in order:
             tokens[side], timing = timed(partial(sides[side], work), device.synchronize)
             if number:  # the first round warms up
-                seconds[side].append(timing.cpu if device.kind == "cpu" else timing.wall)
+                cpu = getattr(sides[side], "cpu", timing.cpu)  # of a peer's own process
+                seconds[side].append(cpu if device.kind == "cpu" else timing.wall)
         if options.dtype == "fp32":
             for side in sides:
-                pairs = zip(tokens[side], tokens["paged"], strict=True)
-                same = sum(theirs == ours for theirs, ours in pairs)
-                if same < len(work) and side != CONTINUOUS_BATCHING:
+                same = sum(theirs == ours for theirs, ours in zip(tokens[side], tokens["paged"], strict=True))
+                if same < len(work) and side in ("batches of 16", "generate"):
                     raise UserError(f"{case}: {side} and the paged engine do not give the same tokens")
-                if side == CONTINUOUS_BATCHING and number == options.rounds:
+                if side not in ("paged", "batches of 16", "generate") and number == options.rounds:
                     print(f"{case}: {side}: {same} of {len(work)} answers as the other sides", flush=True)
     return seconds
 
@@ -249,7 +278,7 @@ def report(results: dict[str, dict[str, list[float]]], kernels: str, options: Op
     packages: Sequence[str] = ("torch", "megatron-core", "transformers")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     clock = "CPU time" if device.kind == "cpu" else "wall time"
-    same_tokens = " All sides but the last gave the same tokens." if options.dtype == "fp32" else ""
+    same_tokens = " The first three sides gave the same tokens." if options.dtype == "fp32" else ""
     return (
         f"# Continuous batching against batches\n\n{datetime.date.today()}, {device.name}, {os.cpu_count()} "
         f"cores, {torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}. Kernels: "

@@ -10,6 +10,7 @@ from helpers import preference
 from helpers.preference import (
     REWARD_TOKEN,
     STEPS,
+    adapted_reward_model,
     curves,
     pairs_in_order,
     reward_curve,
@@ -27,6 +28,13 @@ FEW = 3
 ZERO = {"deepspeed": True, "zero_stage": 1}
 RM = {"preference": {"stage": "rm"}, "model": {"reward_head": True}}
 WITH_TOKEN = {**RM, "data": {"reward_token_id": REWARD_TOKEN}}
+
+LORA = {"lora_rank": 4, "lora_alpha": 8.0, "lora_target_modules": ["all-linear"]}
+
+
+def with_lora(run):
+    """The run with the adapters of `LORA`."""
+    return replace(run, lora=replace(run.lora, **{**LORA, "lora_target_modules": ("all-linear",)}))
 
 
 def case(steps=FEW, parallel=None, **groups):
@@ -62,17 +70,20 @@ def dpo_by_trl(inputs):
 
 
 def test_one_engine_trains_as_a_loop_over_hugging_faces_model(inputs):
-    """dpo and a reward model, in one start of a process."""
+    """dpo, a reward model and its adapters, in one start of a process."""
     cases = {
         "dpo": case(2),
         "dpo swapped": {**case(2), "break": "pair swapped"},
         "rm": case(2, **WITH_TOKEN),
         "rm swapped": {**case(2, **WITH_TOKEN), "break": "pair swapped"},
+        "rm lora": case(2, **WITH_TOKEN, lora=LORA),
     }
     run = run_of(inputs)
+    adapted = adapted_reward_model(inputs, with_lora(run))
     expected = {
         "dpo": preference.torch_curve(run, 2, pairs_in_order(run, 2)),
         "rm": reward_curve(inputs, 2, REWARD_TOKEN),
+        "rm lora": reward_curve(inputs, 2, REWARD_TOKEN, model=adapted),
     }
     for name, curve in curves(inputs, cases).items():
         values, norms = worst(curve, expected[name.removesuffix(" swapped")])
@@ -118,7 +129,6 @@ LAYOUTS = {
     "zero 3": case(parallel={**ZERO, "zero_stage": 3}),
     "zero 1 tp2 sp": case(parallel={**ZERO, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
 }
-LORA = {"lora_rank": 4, "lora_alpha": 8.0, "lora_target_modules": ["all-linear"]}
 
 
 @pytest.mark.slow
@@ -162,8 +172,7 @@ def test_ipo_as_trl(inputs):
 @pytest.mark.slow
 def test_adapters_as_trl_with_peft(inputs):
     ours = curves(inputs, {"lora": case(STEPS, lora=LORA), "zero": case(STEPS, ZERO, lora=LORA)})
-    run = run_of(inputs)
-    run = replace(run, lora=replace(run.lora, **{**LORA, "lora_target_modules": ("all-linear",)}))
+    run = with_lora(run_of(inputs))
     expected = trl_curve(run, STEPS, pairs_in_order(run, STEPS))
     for curve in ours.values():
         values, norms = worst(curve, expected)

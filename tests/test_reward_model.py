@@ -8,19 +8,33 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import ours
-from helpers.preference import REWARD_TOKEN, STEPS, curves, reward_curve, write_inputs
+from helpers.preference import (
+    REWARD_TOKEN,
+    STEPS,
+    adapted_reward_model,
+    curves,
+    hf_reward_model,
+    reward_curve,
+    run_of,
+    write_inputs,
+)
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_preference import LAYOUTS, RM, WITH_TOKEN, ZERO, case, worst
+from test_preference import LAYOUTS, LORA, RM, WITH_TOKEN, ZERO, case, with_lora, worst
 from transformers import AutoModelForSequenceClassification
 
 from ascendspeed.cli.train_args import resolve
-from ascendspeed.conversion import convert
+from ascendspeed.conversion import convert, weights_identity
+from ascendspeed.conversion.formats import peft
+from ascendspeed.conversion.lora_merge import merge
 from ascendspeed.data import batch as micro_batch
 from ascendspeed.data.document import Document
 from ascendspeed.data.packing.rows import assemble_pairs
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, preset
+from ascendspeed.models.lora.adapter import LoraAdapter, LoraPair, as_llama
 from ascendspeed.training.objectives.reward_modelling import last_tokens
+from ascendspeed.training.reward_head import head_of
 from ascendspeed.utils.errors import UserError
 
 
@@ -47,9 +61,31 @@ def test_twenty_steps_of_both_engines(inputs):
 
 
 @pytest.mark.slow
-def test_every_layout_gives_the_same_curve(inputs):
-    layouts = {name: {**layout, "changes": {**layout["changes"], **RM}} for name, layout in LAYOUTS.items()}
-    alone = reward_curve(inputs, 3)
+def test_adapters_and_head_as_peft(inputs):
+    """Adapters of `TaskType.SEQ_CLS`: the head is trained whole beside them."""
+    ours = curves(
+        inputs, {"megatron": case(STEPS, **RM, lora=LORA), "deepspeed": case(STEPS, ZERO, **RM, lora=LORA)}
+    )
+    run = with_lora(run_of(inputs))
+    expected = reward_curve(inputs, STEPS, model=adapted_reward_model(inputs, run))
+    frozen = adapted_reward_model(inputs, run)
+    frozen.base_model.model.score.requires_grad_(False)
+    control = reward_curve(inputs, STEPS, model=frozen)
+    for name, curve in ours.items():
+        print(name, worst(curve, expected))
+        check(curve, expected, norms=1e-4)
+        assert worst(curve, control)[0] > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [{}, {"lora": LORA}], ids=["full", "lora"])
+def test_every_layout_gives_the_same_curve(inputs, groups):
+    changes = {**RM, **groups}
+    layouts = {
+        name: {**layout, "changes": {**layout["changes"], **changes}} for name, layout in LAYOUTS.items()
+    }
+    model = adapted_reward_model(inputs, with_lora(run_of(inputs))) if groups else None
+    alone = reward_curve(inputs, 3, model=model)
     for name, curve in curves(inputs, layouts, 2).items():
         print(name)
         check(curve, alone, norms=1e-4)
@@ -57,11 +93,79 @@ def test_every_layout_gives_the_same_curve(inputs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{}, ZERO], ids=["megatron", "deepspeed"])
-def test_resumed_bit_by_bit(inputs, tmp_path, parallel):
-    first = {**case(2, parallel, **RM), "save": str(tmp_path / "ckpt")}
-    second = case(2, parallel, **RM, train={"load": str(tmp_path / "ckpt"), "save": None})
-    ours = curves(inputs, {"whole": case(4, parallel, **RM), "first": first, "second": second})
+@pytest.mark.parametrize("groups", [{}, {"lora": LORA}], ids=["full", "lora"])
+def test_resumed_bit_by_bit(inputs, tmp_path, parallel, groups):
+    changes = {**RM, **groups}
+    first = {**case(2, parallel, **changes), "save": str(tmp_path / "ckpt")}
+    second = case(2, parallel, **changes, train={"load": str(tmp_path / "ckpt"), "save": None})
+    ours = curves(inputs, {"whole": case(4, parallel, **changes), "first": first, "second": second})
     assert ours["first"] + ours["second"] == ours["whole"]
+
+
+@pytest.mark.slow
+def test_trained_adapters_are_exported_and_merged_as_by_peft(inputs, tmp_path):
+    """The directory is loaded by peft; the merged model equals `merge_and_unload` bit for bit; --lora-load
+    continues with the head."""
+    changes = {**WITH_TOKEN, "model": {"reward_head": True, "scored_token_id": REWARD_TOKEN}, "lora": LORA}
+    curves(inputs, {"a": {**case(2, **changes), "save": str(tmp_path / "ckpt")}})
+    adapter = peft.open_adapter(tmp_path / "ckpt")
+    peft.write(adapter, tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (settings["task_type"], settings["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    by_peft = PeftModel.from_pretrained(hf_reward_model(inputs, run_of(inputs)), tmp_path / "adapter")
+    expected = by_peft.merge_and_unload().state_dict()
+    for source in ("adapter", "ckpt"):
+        merged = merge(convert.open_reader(inputs / "hf"), peft.open_adapter(tmp_path / source))
+        convert.write_hf(merged, tmp_path / f"merged {source}")
+        stored = load_file(tmp_path / f"merged {source}" / "model.safetensors")
+        assert stored.keys() == expected.keys()
+        assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
+        written = json.loads((tmp_path / f"merged {source}" / "config.json").read_text())
+        assert written["architectures"] == ["LlamaForSequenceClassification"]
+        assert written["reward_token_id"] == REWARD_TOKEN
+    first, other = ({"lora": {**LORA, "lora_load": folder}} for folder in (str(tmp_path / "adapter"), None))
+    ours = curves(inputs, {"on": case(1, **{**changes, **first}), "new": case(1, **{**changes, **other})})
+    model = PeftModel.from_pretrained(
+        hf_reward_model(inputs, run_of(inputs)), tmp_path / "adapter", is_trainable=True
+    )
+    continued = reward_curve(inputs, 1, REWARD_TOKEN, model=model)
+    check(ours["on"], continued)
+    assert worst(ours["new"], continued)[0] > 1e-3  # control
+
+
+def test_adapters_of_a_reward_model_are_renamed_and_read_back(tmp_path):
+    """InternLM2's `v_head` becomes transformers' `score`; the token and the head survive the directory."""
+    model = preset("internlm2-tiny")
+    write_source(model, dict(param_mapping.random_tensors(model, 3)), tmp_path / "base")
+    head = torch.randn(1, model.hidden_size, generator=torch.Generator().manual_seed(1))
+    pair = LoraPair(torch.zeros(2, model.hidden_size), torch.zeros(model.hidden_size, 2), 1.0)
+    settings = {"r": 2, "lora_alpha": 2, "target_modules": ["wo"]}
+    pairs = {f"model.layers.{layer}.attention.wo": pair for layer in range(model.num_layers)}
+    base = convert.open_reader(tmp_path / "base")
+    own = LoraAdapter(
+        tmp_path,
+        pairs,
+        settings,
+        fingerprint=weights_identity.sampled(base),
+        replaced={"v_head.weight": head},
+        scored_token_id=92,
+    )
+    for name, adapter in (("own", own), ("llama", as_llama(own, replace(model, reward_head=True)))):
+        peft.write(adapter, tmp_path / name)
+        merged = merge(base, peft.open_adapter(tmp_path / name))
+        assert merged.config == replace(model, reward_head=True, scored_token_id=92)
+        assert torch.equal(dict(merged.tensors())["output_layer.weight"], head)
+    written = json.loads((tmp_path / "llama" / "adapter_config.json").read_text())
+    assert written["modules_to_save"] == ["score"]
+    written["modules_to_save"] = ["classifier", "score"]  # as peft states for every sequence classifier
+    (tmp_path / "llama" / "adapter_config.json").write_text(json.dumps(written))
+    assert peft.open_adapter(tmp_path / "llama").has_reward_head
+    written["modules_to_save"] = ["embed_tokens", "score"]  # control
+    (tmp_path / "llama" / "adapter_config.json").write_text(json.dumps(written))
+    with pytest.raises(UserError, match="lacks 'embed_tokens'"):
+        peft.open_adapter(tmp_path / "llama")
+    with pytest.raises(UserError, match="add --stage rm"):
+        list(head_of(own, model))
 
 
 def test_marks_of_last_tokens():
@@ -136,7 +240,6 @@ REFUSED = {
     "--stage rm": "models of family internlm have no class for reward models; choose internlm2, llama",
     "--stage rm --model internlm2-7b --reward-token-id 92544": "not in the vocabulary of 92544",
     "--stage rm --model internlm2-7b --label-smoothing 0.1": "trains on pairs",
-    "--stage rm --model internlm2-7b --lora-rank 8": "its new head is no adapter",
 }
 
 

@@ -96,7 +96,6 @@ def check_run(run: Run, world: int | None) -> None:
     batch_schedule.check_rampup(run.train)
     batch_schedule.skipped_iterations(run.train)
     _check_token_terms(run)
-    _check_reward_model(run)
     _check_quantization(run)
     _check_fsdp(run)
     _check_model(run)
@@ -265,15 +264,6 @@ def _check_nf4_blocks(run: Run) -> None:
                 f"--quantization-bit 4 has a scale for every {schema.NF4_BLOCK} inputs, and {name} has "
                 f"{width} on a rank (TP {tp}); use --quantization-bit 8"
             )
-
-
-def _check_reward_model(run: Run) -> None:
-    """Raises UserError for adapters of a reward model, whose new head they would leave untrained."""
-    if run.preference.trains_reward_model and run.lora.lora_rank:
-        raise UserError(
-            f"--stage rm trains all weights: its new head is no adapter; leave --lora-rank "
-            f"{run.lora.lora_rank} out"
-        )
 
 
 def _check_token_terms(run: Run) -> None:

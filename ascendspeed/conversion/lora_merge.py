@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ascendspeed.conversion import weights_identity
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_factory, full_slice
+from ascendspeed.conversion.reward_view import as_reward_model
 from ascendspeed.models import param_mapping
 from ascendspeed.models.lora.adapter import LoraAdapter, changed_parameters, check_base
 from ascendspeed.models.param_mapping import Slice2D
@@ -18,6 +19,8 @@ def merge(reader: CheckpointReader, adapter: LoraAdapter) -> CheckpointReader:
     model.
     """
     check_base(adapter, reader.path, adapter.fingerprint and weights_identity.sampled(reader))
+    if adapter.has_reward_head:
+        reader = as_reward_model(reader, adapter.scored_token_id)
     parameters = changed_parameters(adapter, reader.config)
 
     def merged_parameter(name: str) -> Tensor:

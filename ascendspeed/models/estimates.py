@@ -120,7 +120,7 @@ def model_states(
     """
     count, stage = parameters_per_device(model, parallel), parallel.zero_stage
     adapters = targets.parameter_count(model, lora, parallel) if lora else 0
-    trained = adapters or count
+    trained = targets.trained_count(model, lora, parallel) if lora and adapters else count
     width = 4 if dtype == "fp32" else 2
     gradient = width + (2 if fp32_gradients and dtype == "bf16" else 0)
     adam, master = 8, 0 if dtype == "fp32" and stage == 0 else 2 if param_remainders else 4
@@ -132,7 +132,7 @@ def model_states(
 def checkpoint_bytes(model: ModelConfig, lora: LoraConfig | None = None) -> int:
     """Bytes of one training checkpoint on disk: all weights, or with `lora` the adapters alone."""
     return CHECKPOINT_BYTES * (
-        targets.parameter_count(model, lora) if lora and lora.lora_rank else parameter_count(model)
+        targets.trained_count(model, lora) if lora and lora.lora_rank else parameter_count(model)
     )
 
 

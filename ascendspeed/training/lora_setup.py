@@ -1,12 +1,9 @@
 """The start of a LoRA run: base weights, and adapters that are new, from --lora-load or from a checkpoint."""
 
 import logging
-from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-
-from torch import Tensor
 
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.checkpoint.load import Checkpoint
@@ -18,12 +15,11 @@ from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.conversion.formats.training_checkpoint import reading as training_checkpoint
 from ascendspeed.models.lora import targets
 from ascendspeed.models.lora.adapter import check_base, initial_tensors, training_tensors
+from ascendspeed.training.reward_head import Tensors, head_of, with_head, with_new_head
 from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-Tensors = Iterable[tuple[str, Tensor]]
-"""(Megatron name, full tensor) pairs."""
 FIXED_SETTINGS = ("lora_rank", "lora_alpha", "lora_target_modules")
 """Settings that cannot change when adapters are trained further."""
 
@@ -41,19 +37,21 @@ def start_adapters(run: Run, base: CheckpointReader, readers: Readers) -> tuple[
     lora = replace(
         lora, lora_base=str(Path(base.path).resolve()), lora_base_fingerprint=weights_identity.sampled(base)
     )
-    count = targets.parameter_count(run.model, lora)
+    count = targets.trained_count(run.model, lora)
     logger.info(
         f"adapters of rank {lora.lora_rank} on {' '.join(lora.lora_target_modules)}: {count} parameters are "
         "trained"
     )
     if not lora.lora_load:
-        return chain(base.tensors(), initial_tensors(run.model, lora, run.train.seed)), lora
+        tensors = with_new_head(run, base.tensors(), base.config)
+        return chain(tensors, initial_tensors(run.model, lora, run.train.seed)), lora
     refuse_adapters_as_reference(run, f"--lora-load {lora.lora_load}")
     adapter = peft.open_adapter(lora.lora_load, readers)
     check_base(adapter, f"--load {run.train.load}", lora.lora_base_fingerprint)
     unchecked = "" if adapter.fingerprint else ", which do not say whether they belong to these weights"
     logger.info(f"adapters from {lora.lora_load}{unchecked}")
-    return chain(base.tensors(), list(training_tensors(adapter, run.model, lora))), lora
+    trained = [*training_tensors(adapter, run.model, lora), *head_of(adapter, run.model)]
+    return chain(trained, with_head(run, base.tensors(), base.config)), lora
 
 
 def refuse_adapters_as_reference(run: Run, source: str) -> None:
@@ -110,7 +108,7 @@ def open_base(run: Run, checkpoint: Checkpoint, readers: Readers) -> tuple[Tenso
         lora_base=str(Path(base.path).resolve()),
         lora_base_fingerprint=checkpoint.run.lora.lora_base_fingerprint,
     )
-    return base.tensors(), lora
+    return with_head(run, base.tensors(), base.config), lora
 
 
 def with_placeholders(run: Run, base: Tensors) -> Tensors:

@@ -13,16 +13,16 @@ from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.checkpoint.fragment import TrainState
 from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
-from ascendspeed.config.schema import LoraConfig, ModelConfig, Run
+from ascendspeed.config.schema import LoraConfig, Run
 from ascendspeed.conversion import weights_identity
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.conversion.formats.training_checkpoint import reading as training_checkpoint
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid
-from ascendspeed.models.families.base import OUTPUT
-from ascendspeed.models.param_mapping import parameters, random_tensor, random_tensors
+from ascendspeed.models.param_mapping import random_tensors
 from ascendspeed.training import input_record, lora_setup, save_dir
+from ascendspeed.training.reward_head import with_new_head
 from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -114,22 +114,10 @@ def _from_random(run: Run, device: Device) -> Start:
     return Start(random_tensors(run.model, run.train.seed, device.torch))
 
 
-def _with_head(
-    run: Run, tensors: Iterable[tuple[str, Tensor]], source: ModelConfig
-) -> Iterable[tuple[str, Tensor]]:
-    """Weights of `source`, with a new scalar head for a run that makes a reward model of a language model."""
-    if not run.model.reward_head or source.reward_head:
-        return tensors
-    logger.info(f"reward model: its head is new, from seed {run.train.seed}")
-    head = next(parameter for parameter in parameters(run.model) if parameter.name == OUTPUT)
-    others = (named for named in tensors if named[0] != OUTPUT)
-    return chain(others, [(OUTPUT, random_tensor(run.model, head, run.train.seed))])
-
-
 def _from_weights(run: Run, reader: CheckpointReader, readers: Readers) -> Start:
     if not run.lora.lora_rank:
         fingerprint = weights_identity.sampled(reader) if run.preference.needs_reference else None
-        tensors = _with_head(run, reader.tensors(), reader.config)
+        tensors = with_new_head(run, reader.tensors(), reader.config)
         return Start(tensors, reference_fingerprint=fingerprint)
     tensors, lora = lora_setup.start_adapters(run, reader, readers)
     return Start(tensors, lora=lora)
@@ -146,14 +134,14 @@ def _from_checkpoint(run: Run, checkpoint: Checkpoint, grid: ProcessGrid, reader
         if run.train.finetune:
             lora_setup.refuse_adapters_as_reference(run, f"--load {checkpoint.path}")
             logger.info(f"adapters from {checkpoint.path}; optimizer and position start anew (--finetune)")
-            return Start(chain(base, checkpoint.tensors()), lora=lora)
+            return Start(chain(checkpoint.tensors(), base), lora=lora)
         _log_resume(run, checkpoint, grid)
         return Start(lora_setup.with_placeholders(run, base), checkpoint, lora)
     if run.train.finetune:
         logger.info(f"weights from {checkpoint.path}; optimizer and position start anew (--finetune)")
         needs_reader = run.lora.lora_rank or checkpoint.run.lora.lora_rank or run.preference.needs_reference
         if not needs_reader:
-            return Start(_with_head(run, checkpoint.tensors(), checkpoint.config))
+            return Start(with_new_head(run, checkpoint.tensors(), checkpoint.config))
         return _from_weights(run, training_checkpoint.reader_of(checkpoint, open_reader, readers), readers)
     _log_resume(run, checkpoint, grid)
     return Start(None, checkpoint, reference_fingerprint=checkpoint.run.preference.reference_fingerprint)

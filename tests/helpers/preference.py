@@ -119,15 +119,15 @@ def adamw(model: Any, run: Run) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=LR, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps)
 
 
-def with_adapters(model: Any, run: Run) -> Any:
-    """peft's model, with the initial adapters of the run."""
+def with_adapters(model: Any, run: Run, **settings: Any) -> Any:
+    """peft's model, with the initial adapters of the run. `settings`: further ones of peft."""
     from peft import LoraConfig, get_peft_model
 
     from ascendspeed.models.lora import adapter, targets
 
     lora = targets.resolve_config(MODEL, run.lora)
     modules = list(lora.lora_target_modules)
-    config = LoraConfig(r=lora.lora_rank, lora_alpha=lora.lora_alpha, target_modules=modules)
+    config = LoraConfig(r=lora.lora_rank, lora_alpha=lora.lora_alpha, target_modules=modules, **settings)
     wrapped = get_peft_model(model, config)
     initial = dict(adapter.initial_tensors(MODEL, lora, run.train.seed))
     parameters = dict(wrapped.named_parameters())
@@ -223,17 +223,50 @@ def torch_curve(run: Run, steps: int, rows: list[dict[str, list[int]]]) -> Curve
     return curve
 
 
-def reward_curve(folder: Path, steps: int, token: int | None = None, swapped: bool = False) -> Curve:
-    """A plain loop over the backbone of Hugging Face's model with a linear head at the last token, which is
-    `token` if that is given; a conversation at a time."""
+def reward_head(folder: Path, run: Run) -> torch.Tensor:
+    """The new head of a reward model."""
+    model = replace(read_config(folder / "hf" / "config.json"), reward_head=True)
+    parameter = next(p for p in param_mapping.parameters(model) if p.name == "output_layer.weight")
+    return param_mapping.random_tensor(model, parameter, run.train.seed)
+
+
+class PlainRewardModel(torch.nn.Module):
+    """The backbone of Hugging Face's model and a linear head at the last token."""
+
+    def __init__(self, head: torch.Tensor) -> None:
+        super().__init__()
+        self.backbone = reference_model().model
+        self.head = torch.nn.Linear(MODEL.hidden_size, 1, bias=False)
+        self.head.weight.data.copy_(head)
+
+    def score(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [1, s] -> score."""
+        return self.head(self.backbone(ids).last_hidden_state[0, -1])[0]
+
+
+def hf_reward_model(folder: Path, run: Run) -> Any:
+    """Hugging Face's sequence classifier with the weights of the run's start."""
+    from transformers import LlamaForSequenceClassification
+
+    model = LlamaForSequenceClassification.from_pretrained(folder / "hf", num_labels=1).eval()
+    model.score.weight.data.copy_(reward_head(folder, run))
+    return model
+
+
+def adapted_reward_model(folder: Path, run: Run) -> Any:
+    """`hf_reward_model` with adapters of peft for sequence classification, which train the head whole."""
+    return with_adapters(hf_reward_model(folder, run), run, task_type="SEQ_CLS")
+
+
+def reward_curve(
+    folder: Path, steps: int, token: int | None = None, swapped: bool = False, model: Any = None
+) -> Curve:
+    """A plain loop over a model of Hugging Face's classes, by default one whose weights are all trained. The
+    score is read at the last token, which is `token` if that is given; a conversation at a time."""
     run = run_of(folder)
-    model_config = replace(read_config(folder / "hf" / "config.json"), reward_head=True)
     rows = pairs_in_order(run, steps)
-    backbone = reference_model().model
-    head = torch.nn.Linear(MODEL.hidden_size, 1, bias=False)
-    parameter = next(p for p in param_mapping.parameters(model_config) if p.name == "output_layer.weight")
-    head.weight.data.copy_(param_mapping.random_tensor(model_config, parameter, run.train.seed))
-    model = torch.nn.ModuleList([backbone, head])
+    model = model or PlainRewardModel(reward_head(folder, run))
+    score = model.score if isinstance(model, PlainRewardModel) else lambda ids: model(ids).logits[0, 0]
     optimizer = adamw(model, run)
     last = [] if token is None else [token]
     names = ("rejected", "chosen") if swapped else ("chosen", "rejected")
@@ -242,7 +275,7 @@ def reward_curve(folder: Path, steps: int, token: int | None = None, swapped: bo
         scores = []
         for row in rows[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]:
             ids = [torch.tensor([row["prompt_ids"] + row[f"{name}_ids"] + last]) for name in names]
-            scores.append(torch.stack([head(backbone(i).last_hidden_state[0, -1])[0] for i in ids]))
+            scores.append(torch.stack([score(i) for i in ids]))
         chosen, rejected = torch.stack(scores).T
         loss = -torch.sigmoid(chosen - rejected).log().mean()
         optimizer.zero_grad()

@@ -1,7 +1,8 @@
 """Reads and writes adapter directories of peft: adapter_config.json and adapter_model.safetensors (or .bin).
 
 LoRA and DoRA of linears, of the embedding and of the output layer, whole tensors (`modules_to_save`, biases)
-and trained rows of the embedding are read, to be merged; plain LoRA is written.
+and trained rows of the embedding are read, to be merged; plain LoRA, and the head of a reward model, is
+written.
 """
 
 import re
@@ -33,6 +34,7 @@ from ascendspeed.conversion.output_files import (
     nbytes,
     write_json,
 )
+from ascendspeed.models.families.reward_head import TOKEN
 from ascendspeed.models.lora import targets as lora_targets
 from ascendspeed.models.lora.adapter import LoraAdapter, LoraPair, TokenRows
 from ascendspeed.tokenization.chat.template_files import recorded_template
@@ -48,6 +50,8 @@ FINGERPRINT = "fingerprint"
 """Entry of this project's own `BASE` file, which peft ignores: hash of the base weights
 (`weights_identity.sampled`).
 """
+CLASSIFIERS = {"classifier", "score"}
+"""Entries that peft adds to `modules_to_save` of every sequence classifier, which has one of them."""
 
 
 def open_adapter(path: str | Path, readers: Readers | None = None) -> LoraAdapter:
@@ -98,6 +102,7 @@ def read(folder: Path) -> LoraAdapter:
         tokenizer=str(folder),
         training_notes=model_card.recorded_section(folder),
         replaced=found.whole,
+        scored_token_id=_read_token(folder),
         token_rows=rows,
     )
 
@@ -109,8 +114,11 @@ def _check_parts(
     dora = set(pairs) if settings.get("use_dora") else set()
     check_names(folder, dora, found.magnitudes, of="a DoRA magnitude of every adapter")
     stored = {name.rpartition(".")[0] for name in found.whole}
+    optional = CLASSIFIERS if settings.get("task_type") == "SEQ_CLS" and CLASSIFIERS & stored else set()
     for word in settings.get("modules_to_save") or []:
-        if not any(names_module(word, module) or f".{word}." in f".{module}." for module in stored):
+        if word not in optional and not any(
+            names_module(word, module) or f".{word}." in f".{module}." for module in stored
+        ):
             raise UserError(f"{folder} lacks {word!r}, which modules_to_save of its {CONFIG} names")
     if settings.get("trainable_token_indices") and not found.rows:
         raise UserError(f"{folder} lacks the rows of trainable_token_indices, which its {CONFIG} names")
@@ -139,12 +147,26 @@ def _read_fingerprint(folder: Path) -> str | None:
     path = folder / BASE
     if not path.exists():
         return None
-    fingerprint = read_json_object(path).get(FINGERPRINT)
+    fingerprint = _read_own(folder).get(FINGERPRINT)
     if not isinstance(fingerprint, str) or not re.fullmatch("[0-9a-f]{64}", fingerprint):
         raise UserError(
             f"{path} holds no fingerprint of weights: write the adapters again (tools/lora/export_lora.py)"
         )
     return fingerprint
+
+
+def _read_token(folder: Path) -> int | None:
+    """Token at which a reward model's score is read, if the directory records it."""
+    token = _read_own(folder).get(TOKEN)
+    if token is not None and not (type(token) is int and token >= 0):
+        raise UserError(f"{folder / BASE}: {TOKEN} = {token!r} is not the id of a token")
+    return token
+
+
+def _read_own(folder: Path) -> dict[str, Any]:
+    """Entries of this project's own file; none if another program wrote the directory."""
+    path = folder / BASE
+    return read_json_object(path) if path.exists() else {}
 
 
 def _load_tensors(folder: Path) -> dict[str, Any]:
@@ -186,16 +208,18 @@ def write(adapter: LoraAdapter, target: Path, base: str | None = None) -> None:
     for name, pair in adapter.pairs.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.a.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.b.contiguous()
+    for name, tensor in adapter.replaced.items():
+        tensors[f"{PREFIX}{name}"] = tensor.contiguous()
     alpha = adapter.settings["lora_alpha"]
     settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if adapter.has_reward_head else "CAUSAL_LM",
         "inference_mode": True,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
         **adapter.settings,
+        "modules_to_save": [name.removesuffix(".weight") for name in adapter.replaced] or None,
         "base_model_name_or_path": base or adapter.base,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
     }
@@ -207,7 +231,8 @@ def write(adapter: LoraAdapter, target: Path, base: str | None = None) -> None:
             file.done(name)
         write_json(folder / CONFIG, settings)
         if adapter.fingerprint:
-            write_json(folder / BASE, {FINGERPRINT: adapter.fingerprint})
+            token = {} if adapter.scored_token_id is None else {TOKEN: adapter.scored_token_id}
+            write_json(folder / BASE, {FINGERPRINT: adapter.fingerprint, **token})
         if adapter.chat_template and adapter.tokenizer:
             chat_assets.write_for_adapter(folder, adapter.chat_template, adapter.tokenizer)
         if adapter.training_notes:

@@ -148,7 +148,8 @@ class Family:
         for mapping in self.param_mappings if mappings is None else mappings:
             negated = mapping.condition.startswith("!")
             if config.reward_head and mapping.megatron_param == OUTPUT:
-                yield ParamMapping(OUTPUT, (self.reward_param,))
+                name = self.reward_param if mappings is None else Family.reward_param  # transformers' name
+                yield ParamMapping(OUTPUT, (name,))
             elif not mapping.condition or bool(getattr(config, mapping.condition.lstrip("!"))) != negated:
                 yield mapping
 

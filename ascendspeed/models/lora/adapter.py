@@ -16,7 +16,7 @@ from ascendspeed.config.schema import LoraConfig, ModelConfig
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, REFERENCE
 from ascendspeed.models.families.base import ParamMapping
-from ascendspeed.models.lora.targets import LINEARS, LoraTarget, selected_targets
+from ascendspeed.models.lora.targets import LINEARS, REWARD_PARAMS, LoraTarget, selected_targets
 from ascendspeed.models.param_mapping import Parameter, StoredTensor
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.name_check import check_names
@@ -81,6 +81,8 @@ class LoraAdapter:
     """Markdown on their training for the model card."""
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     """Name of a Hugging Face tensor -> the whole tensor that replaces it (`modules_to_save`, biases)."""
+    scored_token_id: int | None = None
+    """Token at which a reward model's score is read, if it is known."""
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
     """Embedding module -> its rows that were trained by themselves."""
 
@@ -92,6 +94,11 @@ class LoraAdapter:
         if self.token_rows:
             parts.append(f"{sum(len(rows.tokens) for rows in self.token_rows.values())} trained rows")
         return ", ".join(parts)
+
+    @property
+    def has_reward_head(self) -> bool:
+        """True if the adapters belong to a reward model, whose head is a whole tensor."""
+        return bool(REWARD_PARAMS & self.replaced.keys())
 
     def names(self) -> set[str]:
         """Names of the Hugging Face tensors that the adapters change."""
@@ -108,8 +115,12 @@ class LoraAdapter:
         return self.pairs[module].merged(tensor) if module in self.pairs else tensor
 
     def require_plain(self, action: str) -> None:
-        """Raises `UserError` for more than plain LoRA of the linears of the layers, such as DoRA."""
-        more = [*self.replaced, *(f"trained rows of {module}" for module in self.token_rows)]
+        """Raises `UserError` for more than plain LoRA of the linears of the layers and the head of a reward
+        model, such as DoRA."""
+        more = [
+            *sorted(self.replaced.keys() - REWARD_PARAMS),
+            *(f"trained rows of {module}" for module in self.token_rows),
+        ]
         for module, pair in self.pairs.items():
             if pair.magnitude is not None:
                 more.append(f"DoRA of {module}")
@@ -237,7 +248,9 @@ def as_llama(adapter: LoraAdapter, model: ModelConfig) -> LoraAdapter:
             same_names = False
     leaves = dict.fromkeys(name.rpartition(".")[2] for name in pairs)
     settings = {**adapter.settings, "target_modules": list(leaves)}
-    return replace(adapter, pairs=pairs, settings=settings, base=adapter.base if same_names else None)
+    base = adapter.base if same_names else None
+    heads = dict(zip((REFERENCE.reward_param,), adapter.replaced.values(), strict=False))
+    return replace(adapter, pairs=pairs, settings=settings, base=base, replaced=heads)
 
 
 def _llama_pairs(

@@ -62,8 +62,11 @@ def _needs_full_b(model: ModelConfig, target: LoraTarget, tp: int) -> bool:
 
 
 def attach(gpt: GPTModel, model: ModelConfig, lora: LoraConfig) -> None:
-    """Freezes the model and adds adapters, filled with zeros, to its linears."""
+    """Freezes the model, all but the head of a reward model, and adds adapters, filled with zeros, to its
+    linears."""
     gpt.requires_grad_(False)
+    if model.reward_head and gpt.post_process:
+        gpt.output_layer.requires_grad_(True)
     for layer in gpt.decoder.layers:
         for linear, targets in groupby(selected_targets(model, lora), lambda target: target.linear):
             parent = layer.self_attention if linear in ("linear_qkv", "linear_proj") else layer.mlp

@@ -34,6 +34,9 @@ VOCABULARY_MODULES = {
 }
 """Embeddings and output layers of all families; their adapters can be merged, but not trained."""
 
+REWARD_PARAMS = {family.reward_param for family in FAMILIES.values() if family.reward_architecture}
+"""Hugging Face names of the heads of reward models, which are trained whole beside adapters."""
+
 
 @dataclass(frozen=True)
 class LoraTarget:
@@ -151,6 +154,11 @@ def parameter_count(model: ModelConfig, lora: LoraConfig, parallel: ParallelConf
             widths += target.in_features + target.out_features // tp
     layers = max(pipeline_stage_layers(model.num_layers, parallel)) if parallel else model.num_layers
     return layers * lora.lora_rank * widths
+
+
+def trained_count(model: ModelConfig, lora: LoraConfig, parallel: ParallelConfig | None = None) -> int:
+    """`parameter_count` and the head of a reward model, which is trained too."""
+    return parameter_count(model, lora, parallel) + (model.hidden_size if model.reward_head else 0)
 
 
 def resolve_config(model: ModelConfig, lora: LoraConfig) -> LoraConfig:

@@ -118,7 +118,7 @@ def _bucket_size(run: Run, world: int) -> int:
     """
     tp = run.parallel.tensor_model_parallel_size
     if run.lora.lora_rank:
-        trained = targets.parameter_count(run.model, run.lora, run.parallel)
+        trained = targets.trained_count(run.model, run.lora, run.parallel)
     else:
         trained = estimates.parameters_per_device(run.model, run.parallel)
     return min(trained, max(BUCKET_SIZE, BUCKET_SIZE_PER_REPLICA * (world // tp)))

@@ -14,6 +14,8 @@ from ascendspeed.conversion.checkpoint_reader import CheckpointReader, read_conf
 from ascendspeed.conversion.formats.base import ReadOptions
 from ascendspeed.conversion.lora_merge import merge
 from ascendspeed.models import param_mapping
+from ascendspeed.models.families import FAMILIES
+from ascendspeed.models.families.base import OUTPUT
 from ascendspeed.models.lora.adapter import LoraAdapter, LoraPair
 from ascendspeed.models.lora.targets import selected_targets
 from ascendspeed.models.param_mapping import ShardSpec, Slice2D
@@ -105,6 +107,8 @@ def adapter_of(checkpoint: Checkpoint) -> LoraAdapter:
         checkpoint.run.data.chat_template,
         checkpoint.run.data.tokenizer_name_or_path,
         model_card.training_section(checkpoint),
+        replaced={FAMILIES[model.family].reward_param: tensors[OUTPUT]} if model.reward_head else {},
+        scored_token_id=model.scored_token_id,
     )
 
 

@@ -10,25 +10,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import uvicorn
 from helpers.corpus import sentencepiece_dir
 from helpers.generation import language_model
 from helpers.launch import ROOT
 from helpers.models import tensors_of
+from starlette.responses import Response
 from test_generate import MODELS
 from test_paged_engine import HEAD, run
+from uvicorn.server import ServerState
 
 from ascendspeed.inference.engine import SamplingParams, sample, token_logprobs
-from ascendspeed.inference.serving import app
+from ascendspeed.inference.serving import app, args
 from ascendspeed.inference.serving.api_error import ApiError
 from ascendspeed.inference.serving.args import ServeArgs
-from ascendspeed.inference.serving.choice_stream import ChoiceStream
+from ascendspeed.inference.serving.choice_stream import ChoiceStream, parse_function_call
 from ascendspeed.inference.serving.engine_loop import EngineLoop
 from ascendspeed.inference.serving.generation_service import GenerationService, ServiceLimits
+from ascendspeed.inference.serving.http_protocol import HttpProtocol
 from ascendspeed.inference.serving.paged_engine import EngineSettings, PagedEngine
-from ascendspeed.inference.serving.protocol import ChatCompletionRequest, parse_body
+from ascendspeed.inference.serving.protocol import ChatCompletionRequest, CompletionRequest, parse_body
 from ascendspeed.inference.serving.request import Events, RequestParams, Submission
 from ascendspeed.models.gpt.paged_kv_cache import SequenceSlice
 from ascendspeed.tokenization import tokenizer
+from ascendspeed.utils.errors import UserError
 
 GREEDY = SamplingParams(max_new_tokens=20)
 LIMITS = ServiceLimits("tiny", 64, 8, 1 << 20, 60.0)
@@ -197,7 +202,9 @@ def test_an_error_after_the_first_byte_is_an_event():
     [
         (b"[" * 100_000, "nested too deeply"),
         (b'{"messages": ' + b"[" * 100_000, "nested too deeply"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the body is not JSON: Invalid JSON"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the body is not JSON: .*surrogates"),
+        (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "the key 'content' twice"),
+        (b'{"messages": [{}], "tools": [{"limit": NaN}]}', "NaN is not a JSON number"),
         (b'{"seed": ' + b"9" * 6000 + b"}", "the body is not JSON"),
         (b"\xff", "the body is not JSON"),
         (b'{"messages": [{}], "repetition_penalty": 5e-324}', "repetition_penalty"),  # logits become infinite
@@ -207,6 +214,103 @@ def test_hostile_bodies_are_400(body, message):
     with pytest.raises(ApiError, match=message) as caught:
         parse_body(ChatCompletionRequest, body)
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logit_bias": {"1": 5, "01": -5}}, "logit_bias"),  # two biases of one token
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"min_tokens": 9}, "min_tokens"),
+    ],
+)
+def test_parameters_without_a_meaning_are_400(fields, param):
+    body = parse_body(CompletionRequest, json.dumps({"prompt": "a"} | fields).encode())
+    numbers = {"max_new_tokens": 8, "vocab_size": 10, "top_logprobs": 0, "default_seed": 0, "number": 0}
+    with pytest.raises(ApiError) as caught:
+        body.request_params(stop_ids=(), **numbers)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_a_call_nested_too_deeply_is_text():
+    text = '{"name": "f", "parameters": ' + "[" * 100_000
+    assert parse_function_call(text) is None
+    assert parse_function_call('{"name": "f", "parameters": {"x": NaN}}') is None  # no JSON to send on
+
+
+# ---------------------------------------------------------------- connections
+
+
+def answered_status(application, headers, method="POST"):
+    """Status that an ASGI application answers."""
+    messages = []
+
+    async def send(message):
+        messages.append(message)
+
+    scope = {"type": "http", "method": method, "path": "/v1/completions"}
+    scope["headers"] = [(name.encode(), value.encode()) for name, value in headers.items()]
+    asyncio.run(application(scope, None, send))
+    return messages[0]["status"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"host": "a:80", "origin": "http://a:80"}, 200),
+        ({"host": "a:80", "origin": "http://other:80"}, 403),
+        ({"host": "a:80", "origin": "null"}, 403),  # a page in a sandbox
+        ({"host": "upstream", "origin": "https://a", "sec-fetch-site": "same-origin"}, 200),  # behind a proxy
+        ({"host": "a:80", "sec-fetch-site": "cross-site"}, 403),
+    ],
+)
+def test_pages_of_other_sites_are_refused(headers, status):
+    assert answered_status(app.BrowserMiddleware(Response()), headers) == status
+
+
+@pytest.mark.parametrize(
+    ("value", "status"),
+    [("Bearer key", 200), ("bearer key", 200), ("Bearer keys", 401), ("key", 401), ("Basic key", 401)],
+)
+def test_forms_of_the_key(value, status):
+    assert answered_status(app.ApiKeyMiddleware(Response(), "key"), {"authorization": value}) == status
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET"], ids=["nothing", "half a head"]
+)
+def test_a_connection_without_a_complete_head_is_closed(sent, monkeypatch):
+    """The control, an answer, shows that the connection was served before."""
+    monkeypatch.setattr(HttpProtocol, "head_seconds", 0.05)
+
+    async def exchange():
+        config = uvicorn.Config(Response(b"answer"), http=HttpProtocol, lifespan="off")
+        config.load()
+        state = ServerState()
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: HttpProtocol(config, state, {}), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(sent)
+        received = await reader.read()  # until the server closes
+        writer.close()
+        server.close()
+        return received
+
+    assert asyncio.run(asyncio.wait_for(exchange(), 30)).count(b"answer") == bool(sent)
+
+
+def test_a_body_that_never_ends_is_408():
+    class Endless:
+        async def stream(self):
+            yield b"{"
+            await asyncio.Event().wait()
+
+    limits = replace(LIMITS, request_seconds=0.01)
+    routes = app.Routes(GenerationService(None, None, limits, None), "1", False)
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(routes._read(Endless(), CompletionRequest))
+    assert caught.value.status == 408
 
 
 # ---------------------------------------------------------------- threads and failures
@@ -293,6 +397,14 @@ def test_tokenising_does_not_block_the_event_loop():
 
 def test_the_service_listens_on_this_machine_only():
     assert ServeArgs().host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("key", ["", "key\r", " key", "schlüssel"])
+def test_a_key_that_no_client_can_send_is_refused(key):
+    with pytest.raises(UserError, match="API key"):
+        args.check_api_key(key)
+    args.check_api_key("a key")
+    args.check_api_key(None)
 
 
 def test_no_further_web_framework():

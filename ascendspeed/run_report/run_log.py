@@ -88,7 +88,7 @@ class RunLog:
         elif colon and name == "run" and value.startswith("{"):
             try:
                 self.settings = flatten(json.loads(value))
-            except ValueError:
+            except (ValueError, RecursionError):
                 self.settings = {}
 
     def _drop_from(self, iteration: int) -> None:

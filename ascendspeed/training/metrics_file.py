@@ -66,6 +66,6 @@ def _drop_after(path: Path, step: int) -> None:
         try:
             if json.loads(text)["iteration"] <= step:
                 kept.append(text + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     write_file(path, "".join(kept))

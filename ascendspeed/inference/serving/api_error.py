@@ -6,8 +6,10 @@ from typing import Any
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    408: "timeout_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
@@ -38,4 +40,6 @@ class ApiError(Exception):
         """Headers that belong to the status."""
         if self.status in (429, 503):
             return {"Retry-After": str(RETRY_SECONDS)}
+        if self.status == 408:  # nothing more is read
+            return {"Connection": "close"}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}

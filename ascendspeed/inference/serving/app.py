@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
 """Status that is logged when a client leaves before its answer."""
+FOREIGN_SITES = (b"cross-site", b"same-site")
+"""Values of `Sec-Fetch-Site` with which a browser marks a request of another site's page."""
 DISCONNECT_POLL_SECONDS = 0.1
 OPEN_PATHS = (*openapi.OPEN_PATHS, chat_page.PATH)
 """Paths that need no key."""
@@ -43,15 +45,30 @@ class ApiKeyMiddleware:
     """Requires `Authorization: Bearer KEY` everywhere but on /health and the static page."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self._app, self._expected = app, f"Bearer {api_key}".encode()
+        self._app, self._expected = app, api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on, or answers 401."""
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
+            scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(key, self._expected):
                 await _error_response(ApiError(401, "the API key is missing or wrong"))(scope, receive, send)
                 return
+        await self._app(scope, receive, send)
+
+
+class BrowserMiddleware:
+    """Refuses requests of other sites' pages: without a key, a visit there could use the model."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, or answers 403."""
+        if scope["type"] == "http" and scope["method"] == "POST" and _is_from_other_site(scope["headers"]):
+            error = ApiError(403, "a page of another site sent the request; open the service's own page")
+            await _error_response(error)(scope, receive, send)
+            return
         await self._app(scope, receive, send)
 
 
@@ -151,19 +168,29 @@ class Routes:
 
     async def _read(self, request: Request, cls: type[Any]) -> Any:
         """Returns the checked body. Raises `ApiError`."""
-        limit = self.service.limits.max_body_bytes
-        data = bytearray()
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > limit:
-                raise ApiError(413, f"the body is larger than {limit:,} bytes")
-        body: BaseModel = parse_body(cls, bytes(data))
+        seconds = self.service.limits.request_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                data = await self._read_bytes(request)
+        except TimeoutError:
+            raise ApiError(408, f"the body was not complete after {seconds:g} s") from None
+        body: BaseModel = parse_body(cls, data)
         wanted, name = getattr(body, "model", None), self.service.limits.model_name
         if wanted not in (None, name):
             raise ApiError(
                 404, f"the model {wanted!r} does not exist; this is {name!r}", "model", "model_not_found"
             )
         return body
+
+    async def _read_bytes(self, request: Request) -> bytes:
+        """Returns the body. Raises `ApiError`."""
+        limit = self.service.limits.max_body_bytes
+        data = bytearray()
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > limit:
+                raise ApiError(413, f"the body is larger than {limit:,} bytes")
+        return bytes(data)
 
     async def _generate(
         self, request: Request, completion: CompletionAnswer | ChatAnswer, stream: bool
@@ -206,6 +233,15 @@ async def _unless_client_leaves(request: Request, answer: Awaitable[dict[str, An
         await asyncio.gather(work, departure, return_exceptions=True)
 
 
+def _is_from_other_site(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """True for a request that a browser sends for a page of another site. Programs send neither header."""
+    values = dict(headers)
+    if site := values.get(b"sec-fetch-site"):  # a proxy in front may change Host, but not this
+        return site in FOREIGN_SITES
+    origin = values.get(b"origin")
+    return origin is not None and origin.partition(b"://")[2] != values.get(b"host")
+
+
 def _error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
 
@@ -218,6 +254,11 @@ async def _answer_api_error(request: Request, error: Exception) -> Response:
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return _error_response(ApiError(error.status_code, f"{request.url.path}: {error.detail}"))
+
+
+async def _answer_departure(request: Request, error: Exception) -> Response:
+    logger.info(f"{request.url.path}: the client left before its request was complete")
+    return Response(status_code=CLIENT_LEFT)
 
 
 async def _answer_crash(request: Request, error: Exception) -> Response:
@@ -242,7 +283,9 @@ def create_app(
         exception_handlers={
             ApiError: _answer_api_error,
             HTTPException: _answer_http_error,
+            ClientDisconnect: _answer_departure,
             Exception: _answer_crash,
         },
     )
-    return ApiKeyMiddleware(app, api_key) if api_key else app
+    guarded = BrowserMiddleware(app)
+    return ApiKeyMiddleware(guarded, api_key) if api_key else guarded

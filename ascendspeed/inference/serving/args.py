@@ -97,9 +97,19 @@ def resolve(args: Sequence[str], world: int) -> tuple[ServeJob, list[str]]:
     check_chat_template(serve.chat_template)
     name = serve.served_model_name or hub.model_name(spec.args.load or ".")
     api_key = serve.api_key if serve.api_key is not None else os.environ.get(API_KEY_VARIABLE)
+    check_api_key(api_key)
+    return ServeJob(spec, serve, name, api_key), line.notes
+
+
+def check_api_key(api_key: str | None) -> None:
+    """Raises `UserError` for a key that no client can send."""
     if api_key == "":
         raise UserError(f"the API key is empty (--api-key or {API_KEY_VARIABLE}); leave it out for no key")
-    return ServeJob(spec, serve, name, api_key), line.notes
+    if api_key and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
+        raise UserError(
+            f"the API key (--api-key or {API_KEY_VARIABLE}) begins or ends with a blank, or has a control "
+            "character or one outside ASCII, and clients cannot send it in a header: choose another key"
+        )
 
 
 def _check(serve: ServeArgs) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from ascendspeed.tokenization.chat.messages import TOOLS
 from ascendspeed.tokenization.detokenizer import TextStream
 from ascendspeed.tokenization.tokenizer import Tokenizer
+from ascendspeed.utils.safe_io import parse_json
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class ChoiceStream:
 def parse_function_call(text: str) -> FunctionCall | None:
     """Parses {"name", "parameters"} or {"name", "arguments"}; None if the text is something else."""
     try:
-        value: Any = json.loads(text)
+        value: Any = parse_json(text.encode())
     except ValueError:
         return None
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):

@@ -176,6 +176,8 @@ def new_generation(
     `controls`: control tokens of a chat format, see `ChoiceStream`; None: no chat. `scores_prompt`: compute
     the log-probabilities of the prompts too.
     """
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream: true", "stream_options")
     session, seed = service.session, random_seed()
     stop_ids = completion_stop_ids(service, body, in_chat=controls is not None)
 

@@ -190,10 +190,14 @@ class GenerationService:
 
     def check_available(self, sequences: int) -> None:
         """Raises `ApiError` if the service cannot take so many sequences, now or ever."""
-        if self.engine_loop.error:
-            raise ApiError(503, self.engine_loop.error)
         if self.is_draining:
             raise ApiError(503, "the service is shutting down")
+        self._check_capacity(sequences)
+
+    def _check_capacity(self, sequences: int) -> None:
+        """Raises `ApiError` if the engine has failed or the queue is full."""
+        if self.engine_loop.error:
+            raise ApiError(503, self.engine_loop.error)
         most = self.limits.max_sequences
         if sequences > most:  # clients repeat a request after 429, and this one never fits
             raise ApiError(400, f"prompts times n are {sequences} sequences; the limit is {most}", "n")
@@ -225,7 +229,7 @@ class GenerationService:
         arrivals: "asyncio.Queue[GeneratedToken | str]",
     ) -> list[_Choice]:
         """Sends sequences to the engine; their tokens come to `arrivals`. Raises `ApiError`."""
-        self.check_available(len(sequences))
+        self._check_capacity(len(sequences))  # while draining, a stream that has begun is finished
         choices, submissions = [], []
         leader: int | None = None
         for index, spec in enumerate(sequences):

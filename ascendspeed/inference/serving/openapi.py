@@ -43,7 +43,9 @@ GETS: dict[str, tuple[str, tuple[str, ...]]] = {
 ERRORS = {
     400: "A field is wrong or not supported; `param` names it.",
     401: "The API key is missing or wrong.",
+    403: "A page of another site sent the request.",
     404: "The model does not exist.",
+    408: "The body was not complete in time.",
     413: "The body is too large.",
     429: "Too many sequences run or wait.",
     500: "Internal error.",

@@ -4,6 +4,7 @@ An unknown field is an error, since most of them would change the answer; those 
 """
 
 import json
+import re
 import secrets
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,9 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ascendspeed.inference.engine import SamplingParams
 from ascendspeed.inference.serving.api_error import ApiError
 from ascendspeed.inference.serving.request import RequestParams
+from ascendspeed.utils.safe_io import parse_json
 
 IGNORED_FIELDS = ("user", "metadata", "store", "service_tier")
 """Fields that do not change the answer."""
+TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
+"""Key of `logit_bias`: one spelling for each id, since 01 would add to the bias of 1."""
 MAX_STOPS = 16
 MAX_SEQUENCES = 128
 """Most sequences of one request: prompts times n."""
@@ -85,6 +89,9 @@ class SamplingFields(BaseModel):
         temperature = 1.0 if self.temperature is None else self.temperature
         if 0 < temperature < 1e-4:
             raise ApiError(400, "temperature must be 0 or at least 0.0001", "temperature")
+        if (self.min_tokens or 0) > max_new_tokens:
+            message = f"min_tokens {self.min_tokens}: at most {max_new_tokens} tokens are generated"
+            raise ApiError(400, message, "min_tokens")
         sampling = SamplingParams(
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
@@ -110,7 +117,7 @@ class SamplingFields(BaseModel):
     def _logit_bias(self, vocab_size: int) -> tuple[tuple[int, float], ...]:
         biases = []
         for name, bias in (self.logit_bias or {}).items():
-            if not (name.isascii() and name.isdigit() and int(name) < vocab_size):
+            if not (TOKEN_ID.fullmatch(name) and int(name) < vocab_size):
                 raise ApiError(
                     400, f"logit_bias: {name!r} is not a token id below {vocab_size}", "logit_bias"
                 )
@@ -161,11 +168,9 @@ class DetokenizeRequest(BaseModel):
 def parse_body(cls: type[Body], data: bytes) -> Body:
     """Parses a JSON body. Raises `ApiError` that names the field."""
     try:
-        values = json.loads(data)
+        values = parse_json(data)
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
     if not isinstance(values, dict):
         raise ApiError(400, "the body is not a JSON object")
     values = {key: value for key, value in values.items() if key not in IGNORED_FIELDS}

@@ -16,6 +16,7 @@ from ascendspeed.inference.serving.args import ServeArgs, ServeJob
 from ascendspeed.inference.serving.engine_loop import EngineLoop, follow
 from ascendspeed.inference.serving.event_channel import EventChannel
 from ascendspeed.inference.serving.generation_service import GenerationService, ServiceLimits
+from ascendspeed.inference.serving.http_protocol import HttpProtocol
 from ascendspeed.inference.serving.metrics import ServiceMetrics
 from ascendspeed.inference.serving.paged_engine import EngineSettings, PagedEngine
 from ascendspeed.inference.session import Session
@@ -93,7 +94,11 @@ def _serve(service: GenerationService, job: ServeJob, listener: socket.socket) -
 
     app = create_app(service, version("ascendspeed"), job.api_key, announce)
     config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=int(job.serve.drain_seconds), lifespan="on"
+        app,
+        http=HttpProtocol,
+        log_level="warning",
+        timeout_graceful_shutdown=int(job.serve.drain_seconds),
+        lifespan="on",
     )
     Server(config, service).run([listener])
     service.engine_loop.join(STOP_SECONDS)

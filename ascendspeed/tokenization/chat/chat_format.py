@@ -279,5 +279,5 @@ def _parse_call(text: str) -> Any:
     """Parses a function call; text that is not JSON is returned unchanged."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

@@ -192,7 +192,7 @@ class Heartbeat:
             data, address = self._socket.recvfrom(65536)
             message = json.loads(data)
             return (message, address) if message["token"] == self._token else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
 

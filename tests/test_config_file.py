@@ -1,5 +1,6 @@
 """`--config FILE`: settings of this project, MindFormers and InternEvo as flags; `--dump-config`."""
 
+import contextlib
 import json
 import shlex
 from dataclasses import replace
@@ -7,7 +8,10 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from ascendspeed.cli.config_file import internevo as internevo_rules
+from ascendspeed.cli.config_file import mindformers
 from ascendspeed.cli.config_file.literal_python import read_assignments
+from ascendspeed.cli.config_file.rules import translate
 from ascendspeed.cli.train_args import resolve
 from ascendspeed.config import batch_schedule
 from ascendspeed.config.schema import Run, to_dict
@@ -274,3 +278,51 @@ def test_other_commands(write, tmp_path, capsys):
     values = yaml.safe_load(capsys.readouterr().out)
     flat = {key: value for group in values.values() for key, value in (group or {}).items()}
     assert (flat["prompt"], flat["max_new_tokens"]) == (["one", "two"], 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{lr: 0.1, optim: {lr: 0.2}}", "optim.lr and lr set the same"),
+        ("{train_iters: 2, train-iters: 3}", "train-iters and train_iters set the same"),
+        ("lr: no", "lr is false, but it is no switch"),
+        ("bf16: 'no'", "bf16 is 'no'; choose true or false"),
+        ("train_iters: 1:30", "'1:30'"),  # 90 in YAML 1.1
+        ("save: !!binary aGVsbG8=", "line 1: not YAML: could not determine a constructor"),
+        ("train_iters: " + "9" * 5000, "not YAML: Exceeds the limit"),
+        ("model: {family: nonsense}", "family = 'nonsense' does not exist; choose from internlm, "),
+        ("data_path: [a, [b]]", "data-path is a list of plain values"),
+    ],
+)
+def test_values_that_mean_something_else_are_refused(write, text, message):
+    with pytest.raises(UserError, match=message):
+        resolve(["--config", write("run.yaml", text)], 1)
+
+
+def test_numbers_are_those_of_yaml_1_2(write):
+    text = "{data_path: [x], train_iters: 010, lr: 1e-3, min_lr: 1.0E-5, seed: 0x10, save: 2026-13-45}"
+    run = resolve(["--config", write("run.yaml", text)], 1)[0]
+    assert (run.train.train_iters, run.optim.lr, run.optim.min_lr) == (10, 1e-3, 1e-5)  # 8 in YAML 1.1
+    assert (run.train.seed, run.train.save) == (16, "2026-13-45")
+
+
+@pytest.mark.parametrize("value", [{"a": [1]}, [None], "x", True, None, -1, 1e300, "1 2 3"])
+def test_foreign_keys_with_values_of_any_type(write, value):
+    """Every key of MindFormers' and InternEvo's rules is translated or refused in one line."""
+    for rules in (mindformers.RULES, internevo_rules.RULES):
+        for key in rules:
+            with contextlib.suppress(UserError):
+                translate({key: value}, rules, "file", "Program's")
+    with pytest.raises(UserError, match="of a wrong type"):
+        internevo(write, old="hidden_size=HIDDEN_SIZE", new="hidden_size='x'")
+
+
+GROWING = "A = 'x'\nB = f'{A}'\n" + "B = f'{B}{B}{B}{B}{B}{B}{B}{B}'\n" * 30
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(GROWING, "is not a literal"), ("A = " + "-" * 50_000, "nested too deeply")]
+)
+def test_literals_do_not_grow_without_bound(text, message):
+    with pytest.raises(UserError, match=message):
+        read_assignments(text, "config.py")

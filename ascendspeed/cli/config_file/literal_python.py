@@ -16,6 +16,8 @@ OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 }
 LARGEST = 1e18
 """Largest operand of an operation."""
+LONGEST = 10_000
+"""Characters of the longest value in an f-string: one that names itself grows without bound."""
 
 
 def read_assignments(text: str, where: str) -> dict[str, Any]:
@@ -27,7 +29,8 @@ def read_assignments(text: str, where: str) -> dict[str, Any]:
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{where}: not a Python file: {getattr(error, 'msg', error)}") from None
+        reason = getattr(error, "msg", str(error)) or "nested too deeply"
+        raise UserError(f"{where}: not a Python file: {reason}") from None
     names: dict[str, Any] = {}
     for statement in tree.body:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
@@ -81,7 +84,10 @@ def _part(part: ast.expr, names: dict[str, Any], where: str) -> str:
     if isinstance(part, ast.FormattedValue):
         if part.format_spec is not None or part.conversion != -1:
             raise _refused(part, where)
-        return str(_value(part.value, names, where))
+        text = _value(part.value, names, where)
+        if isinstance(text, list | dict) or len(str(text)) > LONGEST:
+            raise _refused(part, where)
+        return str(text)
     return str(_value(part, names, where))
 
 

@@ -1,8 +1,9 @@
 """Reads the file of `--config` and gives its settings as words of a command line; writes `--dump-config`."""
 
+import contextlib
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import tyro
 
 from ascendspeed.cli import parser
-from ascendspeed.cli.config_file import internevo, literal_python, mindformers
+from ascendspeed.cli.config_file import internevo, literal_python, mindformers, plain_yaml
 from ascendspeed.models.families import PRESETS
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked_text, read_json_object
@@ -79,17 +80,27 @@ def words_of(cls: type, path: str, typed: Mapping[str, str]) -> tuple[list[str],
         fields = {name: value for name, value in fields.items() if name not in model_fields}
     family = fields.pop("family", None)
     if family is not None and fields.get("model") is None:
-        fields["model"] = next(name for name, model in PRESETS.items() if model.family == family)
+        fields["model"] = _preset_of(family, path)
     flags = {field: flag for flag, field in reversed(parser.spellings(cls, pairs=False).items())}
-    appended = _appended_fields(cls)
+    appended, switches = _appended_fields(cls), _switches(cls)
     words: list[str] = []
     for name, value in fields.items():
         rivals = set().union(*(group for group in RIVALS if name in group))
         if name not in typed and not rivals & typed.keys() and name in flags:
-            new = _words(flags[name], value, path, in_model=name in model_fields)
+            _check_value(flags[name], value, path, is_switch=name in switches)
+            new = _words(flags[name], value, in_model=name in model_fields)
             repeated = isinstance(value, list) and name in appended
             words += [word for item in new[1:] for word in (new[0], item)] if repeated else new
     return words, notes
+
+
+def _preset_of(family: Any, path: str) -> str:
+    """Name of a preset of a family. Raises UserError for a family that does not exist."""
+    names = [name for name, model in PRESETS.items() if model.family == family]
+    if not names:
+        known = dict.fromkeys(model.family for model in PRESETS.values())
+        raise UserError(f"{path}: family = {family!r:.80} does not exist; choose from {', '.join(known)}")
+    return names[0]
 
 
 def dump(values: Mapping[str, Any], written: Sequence[str] = ()) -> typing.NoReturn:
@@ -119,15 +130,27 @@ def _fields_of(cls: type, path: str, typed: Mapping[str, str]) -> tuple[dict[str
     if suffix == ".py":
         if not is_training:
             raise UserError(f"{path}: InternEvo's configurations are for training")
-        return internevo.fields_of(literal_python.read_assignments(_text(file), path), path, typed)
+        assignments = literal_python.read_assignments(_text(file), path)
+        with _named_types(path):
+            return internevo.fields_of(assignments, path, typed)
     if suffix == ".json":
         return _own_fields(cls, read_json_object(file), path), []
     if suffix not in (".yaml", ".yml"):
         raise UserError(f"{path}: --config reads .yaml, .json (run.json) and InternEvo's .py")
-    values = _read_yaml(_text(file), path)
+    values = plain_yaml.read(_text(file), path)
     if is_training and mindformers.is_mindformers(values):
-        return mindformers.fields_of(values, path)
+        with _named_types(path):
+            return mindformers.fields_of(values, path)
     return _own_fields(cls, values, path), []
+
+
+@contextlib.contextmanager
+def _named_types(path: str) -> Iterator[None]:
+    """Makes an error of computing with values of another program's file a `UserError`."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{path}: a value is of a wrong type: {str(error)[:200]}") from None
 
 
 def _text(file: Path) -> str:
@@ -135,35 +158,6 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{file}: not UTF-8 text") from None
-
-
-def _read_yaml(text: str, path: str) -> dict[str, Any]:
-    """Reads YAML of plain values; a key that stands twice is an error."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Refuses repeated keys."""
-
-    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = next((key for key in keys if keys.count(key) > 1), None)
-        if repeated is not None:
-            raise UserError(f"{path}: {repeated!r} stands twice in one section")
-        return dict(
-            zip(keys, (loader.construct_object(item, deep=True) for _, item in node.value), strict=True)
-        )
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try:
-        values = yaml.load(text, Loader)
-    except (yaml.YAMLError, RecursionError, TypeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        first_line = str(error).partition("\n")[0]  # the next ones repeat where
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or first_line}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a mapping of settings")
-    return values
 
 
 def _groups(cls: type) -> list[tuple[str, Any]]:
@@ -184,6 +178,17 @@ def _appended_fields(cls: type) -> set[str]:
     return names
 
 
+def _switches(cls: type) -> set[str]:
+    """Fields that are on or off."""
+    names: set[str] = set()
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            names |= _switches(hint)
+        elif hint is bool:
+            names.add(name)
+    return names
+
+
 def _own_fields(cls: type, values: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Returns the fields of a file of this project: sections of `cls`, or flags without `--`.
 
@@ -192,7 +197,15 @@ def _own_fields(cls: type, values: Mapping[str, Any], path: str) -> dict[str, An
     groups = dict(_groups(cls))
     flags = parser.spellings(cls, pairs=False)
     fields: dict[str, Any] = {}
+    places: dict[str, str] = {}
     unknown: list[str] = []
+
+    def take_field(field: str, value: Any, place: str) -> None:
+        if field in places:
+            raise UserError(f"{path}: {place} and {places[field]} set the same; leave one of them out")
+        places[field] = place
+        fields[field] = value
+
     for key, value in values.items():
         if key in groups and isinstance(value, Mapping):
             hidden = {field.name for field in dataclasses.fields(groups[key])}
@@ -201,11 +214,11 @@ def _own_fields(cls: type, values: Mapping[str, Any], path: str) -> dict[str, An
                 if name in hidden or parser.normalized(f"--{name}") in own:
                     field = own.get(parser.normalized(f"--{name}"), name)
                     if key == "model" or not _is_default(groups[key], field, item):
-                        fields[field] = item
+                        take_field(field, item, f"{key}.{name}")
                 else:
                     unknown.append(f"{key}.{name}")
         elif isinstance(key, str) and parser.normalized(f"--{key}") in flags:
-            fields[flags[parser.normalized(f"--{key}")]] = value
+            take_field(flags[parser.normalized(f"--{key}")], value, key)
         elif key not in RECORDS:
             unknown.append(str(key))
     if unknown:
@@ -225,18 +238,30 @@ def _is_default(group: type, name: str, value: Any) -> bool:
     return value == default or (isinstance(value, list) and tuple(value) == default)
 
 
-def _words(flag: str, value: Any, path: str, in_model: bool) -> list[str]:
+def _check_value(flag: str, value: Any, path: str, is_switch: bool) -> None:
+    """Raises UserError for a value of a type that the flag does not have."""
+    if isinstance(value, dict):
+        raise UserError(f"{path}: {flag[2:]} is one value, not a section")
+    if is_switch and not isinstance(value, bool | None):
+        raise UserError(f"{path}: {flag[2:]} is {value!r:.80}; choose true or false, without quotes")
+    items = value if isinstance(value, list | tuple) else [value]
+    if not is_switch and any(isinstance(item, bool) for item in items):
+        raise UserError(
+            f"{path}: {flag[2:]} is {str(value).lower()}, but it is no switch; give its value (quote a text "
+            "that YAML reads as true or false: yes, no, on, off)"
+        )
+    if any(isinstance(item, list | tuple | dict | None) for item in items if items is value):
+        raise UserError(f"{path}: {flag[2:]} is a list of plain values")
+
+
+def _words(flag: str, value: Any, in_model: bool) -> list[str]:
     """Words of a flag; a switch that is off has none, except in the architecture (--no-x)."""
     if isinstance(value, bool):
         return [flag] if value else [f"--no-{flag[2:]}"] if in_model else []
     if value is None:
         return [flag, "None"] if in_model else []
     if isinstance(value, list | tuple):
-        if any(isinstance(item, list | dict) for item in value):
-            raise UserError(f"{path}: {flag[2:]} is a list of plain values")
         return [flag, *map(str, value)] if value else []
-    if isinstance(value, dict):
-        raise UserError(f"{path}: {flag[2:]} is one value, not a section")
     return [f"{flag}={value}"]
 
 

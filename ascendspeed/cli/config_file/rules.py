@@ -66,6 +66,8 @@ def translate(
                 fields |= rule(value)
             except UserError as error:
                 raise UserError(f"{where}: {key} = {value!r:.80}: {error}") from None
+            except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
+                raise UserError(f"{where}: {key} = {value!r:.80}: not a value of this key") from None
     if unknown:
         raise UserError(
             f"{where}: {program} keys that have no meaning here: {', '.join(sorted(unknown))}; "

@@ -28,7 +28,9 @@ def pins() -> dict[str, str]:
     ]
     return {
         name.lower().replace("_", "-"): version
-        for name, version in (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+        for name, version in (
+            line.partition(";")[0].split("==") for line in lines if "==" in line and not line.startswith("#")
+        )
     }
 
 

@@ -74,6 +74,7 @@ def main(record: RunRecord | None = None) -> int:
             and run.parallel.context_parallel_size == 1,
             weight_gradient=run.optim.bf16 and not run.train.no_gradient_accumulation_fusion,
             products=onednn.Products.of_training(run),
+            triton=run.train.triton_kernels,
         )
         logger.info(f"device: {device.kind} ({device.name}), {device.backend}; {grid}")
         masters = "; masters: bf16 weights and 16 bits" if run.optim.store_param_remainders else ""

@@ -73,6 +73,11 @@ class Device:
         return self.kind != "npu"
 
     @property
+    def compiles_triton(self) -> bool:
+        """True if Triton kernels are compiled for this device."""
+        return self.kind == "cuda"
+
+    @property
     def reduces_fp64(self) -> bool:
         """True if the device's collectives can sum fp64; hccl refuses it before Ascend 950."""
         return self.kind != "npu"

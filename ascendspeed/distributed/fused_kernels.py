@@ -1,6 +1,6 @@
 """Operations with optional fused kernels: plain torch, or the device's own kernel if a flag enables it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ascendspeed.distributed import onednn
 from ascendspeed.distributed.device import Device, SequenceBounds, fused_kernel
+from ascendspeed.distributed.triton_kernels import selection
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -97,26 +98,31 @@ class Kernels:
         return "; ".join(f"{', '.join(names)}: {source}" for source, names in operations.items())
 
 
-def select_kernels(device: Device, products: onednn.Products | None = None, **enabled: bool) -> Kernels:
+def select_kernels(
+    device: Device, products: onednn.Products | None = None, triton: Sequence[str] = (), **enabled: bool
+) -> Kernels:
     """Selects the device's fused kernel for every enabled operation that has one, and torch for the others.
 
-    `products`: chooses between torch and oneDNN for `linear`; collective. Example: `select_kernels(device,
-    rms_norm=True, rotary=False)`.
+    `products`: chooses between torch and oneDNN for `linear`; collective. `triton`: --triton-kernels, whose
+    kernels come before others. Example: `select_kernels(device, rms_norm=True, rotary=False)`.
     """
-    kernels: dict[str, Callable[..., Any]] = {}
-    sources = []
+    kernels, problem = selection.select(device, triton)
+    sources = dict.fromkeys(kernels, "triton")
     for operation, is_enabled in enabled.items():
+        if operation in kernels:
+            continue
         kernel = fused_kernel(device, operation) if is_enabled else None
         if kernel:
             kernels[operation] = kernel.call
-            sources.append((operation, kernel.source))
+            sources[operation] = kernel.source
+        elif problem and operation in selection.OPERATIONS:
+            sources[operation] = f"torch (no Triton: {problem})"
         elif is_enabled:
-            sources.append((operation, "torch (no fused kernel is installed for this device)"))
+            sources[operation] = "torch (no fused kernel is installed for this device)"
         else:
-            sources.append((operation, "torch"))
+            sources[operation] = "torch"
     if products:
-        product, source = onednn.choose(products, device)
-        sources.append(("linear", source))
+        product, sources["linear"] = onednn.choose(products, device)
         if product:
             kernels |= {"linear": product, "pack_weight": onednn.pack}
-    return Kernels(**kernels, sources=tuple(sources))
+    return Kernels(**kernels, sources=tuple(sources.items()))

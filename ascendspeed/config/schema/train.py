@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed.config.schema.choices import BackendChoice, CpuLinearChoice, DeviceChoice
+from ascendspeed.config.schema.choices import BackendChoice, CpuLinearChoice, DeviceChoice, TritonChoice
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ class TrainConfig:
     """Use the device's fused rotary-embedding kernel, if available."""
     mlp_layer_fusion: bool = False
     """Use the device's fused SwiGLU kernel, if available."""
+    triton_kernels: tuple[TritonChoice, ...] = ("auto",)
+    """Operations that run as Triton kernels on CUDA; auto: all of them, if Triton can compile there."""
     cpu_linear: CpuLinearChoice = "auto"
     """Matrix products in fp32 on a CPU: oneDNN's or torch's; auto: the faster one, measured at the start on
     CPUs of AMD. The two differ by rounding."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -240,6 +241,15 @@ def test_report_without_the_log(report, tmp_path):
     assert "it was deleted, so there is no loss curve" in text
 
 
+def test_report_shows_whole_paths(report, monkeypatch, capsys):
+    """Those that are wider than the terminal, too."""
+    monkeypatch.setenv("COLUMNS", "60")
+    report.print_table([("text -> tokens", f"/{'long' * 20}/end")])
+    printed = re.sub(r"[^\w./]", "", capsys.readouterr().out)
+    assert "long" * 20 in printed
+    assert "/end" in printed
+
+
 def test_report_ends_well_when_the_log_was_deleted(report, tmp_path, monkeypatch, capsys):
     for name in ("held_out", "our_loss", "their_loss"):
         monkeypatch.setattr(report, name, lambda *args: 5.5)
@@ -310,6 +320,16 @@ def test_setup_that_fails_says_so_every_time_and_leaves_the_shell_open(setup, op
         assert code == (2 if options else 0)  # a strict script ends with it; a shell without options goes on
         assert ("code 2 no" in output) == (not options)
         assert not setup.installed.exists()
+
+
+@pytest.mark.parametrize("image", ["cpu", "cuda", "npu"])
+def test_setup_installs_nothing_in_a_container(image):
+    """The images mark their environment as setup.sh does, at the place that it reads."""
+    text = (launch.ROOT / f"docker/Dockerfile.{image}").read_text()
+    wanted = re.search(r"wanted=\$\((.*)\)", (launch.ROOT / "tools/setup.sh").read_text())[1]
+    assert f"RUN {wanted} > $VENV/.installed\n" in text
+    assert text.index("pip install") < text.index(f"RUN {wanted}") < text.index("COPY . .")
+    assert "ENV VENV=/opt/venv VIRTUAL_ENV=/opt/venv " in text
 
 
 def test_setup_elsewhere(setup, tmp_path):

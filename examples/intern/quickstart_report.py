@@ -74,7 +74,9 @@ def their_loss(work: Path, samples: Any) -> float:
     """Returns the mean token loss of the exported directory in stock transformers."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         work / "export", dtype=torch.float32, local_files_only=True
     ).eval()
@@ -157,6 +159,19 @@ def draw(lines: list[Any], path: Path) -> None:
     figure.savefig(path)
 
 
+def print_table(rows: list[tuple[str, str]]) -> None:
+    """Prints the summary; a path that is wider than the terminal continues on the next line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="quickstart", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
 def main() -> None:
     """Computes both losses, draws the curve and prints the table."""
     options = parser.parse(Options, description=__doc__ or "")
@@ -169,11 +184,7 @@ def main() -> None:
     if train:
         draw(lines, work / "loss.png")
 
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="quickstart", show_header=False)
-    for row in (
+    rows = [
         ("text -> tokens", f"{work}/data/train.parquet -> {work}/alpaca_text_document.bin, .idx"),
         ("random model -> split weights", f"{work}/hf -> {work}/weights"),
         ("training checkpoints", f"{work}/ckpt"),
@@ -184,9 +195,8 @@ def main() -> None:
             f"{ours:.6f} here, {theirs:.6f} in transformers (chance: {math.log(2048):.2f})",
         ),
         *of_evaluation(work),
-    ):
-        table.add_row(*row)
-    Console().print(table)
+    ]
+    print_table(rows)
     if abs(ours - theirs) > 1e-4:
         raise errors.UserError(
             f"the export disagrees with the training checkpoint: held-out loss {theirs:.6f}, not {ours:.6f}"

@@ -53,6 +53,25 @@ def test_split_command_checks_what_it_is_told(sources, tmp_path, args, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--format hf --tokenizer nowhere", "nowhere: no tokenizer here"),
+        ("--format hf --chat-template v9", "--chat-template v9 does not exist"),
+        ("--format megatron --tp 3", "do not split over 3 tensor-parallel ranks"),
+        ("--format hf", "not reached"),  # control
+    ],
+)
+def test_mistakes_are_found_before_the_weights_are_read(sources, tmp_path, monkeypatch, flags, message):
+    def open_reader(*args):
+        raise UserError("not reached")
+
+    monkeypatch.setattr(convert, "open_reader", open_reader)
+    folder, _ = sources("internlm", "finite")
+    with pytest.raises(UserError, match=message):
+        command("convert.py", "--from", folder, "--to", tmp_path / "out", *flags.split())
+
+
 def test_bias_is_checked(sources, tmp_path):
     with pytest.raises(UserError, match=r"--bias True, config.json False"):
         split(sources("internlm without bias", "bf16")[0], tmp_path / "out", "--bias")

@@ -41,6 +41,7 @@ from ascendspeed.utils.errors import UserError
 WRONG = {
     "": "--load is needed",
     "--load nowhere": "--load: nowhere is not a directory",
+    "--load {}/config.json": "/config.json is not a directory; give its folder, ",
     "--load {} --tp 3": "heads",
     "--load {} --tp 2": "1 processes were started, but TP 2 x PP 1 are 2; start NPROC=2",
     "--load {} --pp 3": "layers",
@@ -59,6 +60,9 @@ WRONG = {
     "--load {} --max_input_length 0": "--max-input-length 0 is too small",
     "--load {} --history-turns -1": "--history-turns -1 is too small",
     "--load {} --stop=": "--stop is empty",
+    "--load {} --temperature -1": "--temperature -1.0: must be 0",
+    "--load {} --top-p 3": "--top-p 3.0: must be between",
+    "--load {} --input-file {}": "is a directory: give a file of JSON lines",
     "--load {} --output-file {}/config.json": "exists; move it away",
     "--load {} --output-file {}/left": "/left.partial holds answers of a run that did not end; move it away",
     "--load {} --output-file /nowhere/x": "--output /nowhere/x: /nowhere is not a writable directory",
@@ -75,6 +79,16 @@ def test_wrong_flags_are_refused_before_loading(typed, folder):
         args.resolve(typed.format(*[folder] * typed.count("{}")).split(), 1)
     assert WRONG[typed] in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("module", ["generate", "serve"])
+def test_folders_are_checked_before_torch_is_prepared(module, folder, tmp_path, monkeypatch):
+    """All that is missing is named at once; with several processes the launcher does so."""
+    shutil.copyfile(folder / "config.json", tmp_path / "config.json")
+    monkeypatch.setattr("sys.argv", [module, "--load", str(tmp_path)])
+    main = importlib.import_module(f"ascendspeed.commands.{module}").main
+    with pytest.raises(UserError, match=f"{tmp_path} holds no checkpoint: .*; {tmp_path}: no tokenizer here"):
+        main()
 
 
 PUBLISHED = """--row-col-parallel-linear-bias --no-contiguous-buffers-in-local-ddp --tokenizer-not-use-fast

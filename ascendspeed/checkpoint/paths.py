@@ -43,6 +43,8 @@ def step_folders(folder: Path) -> dict[str, Path]:
 def describe_missing(path: str | Path) -> str:
     """Text about a folder that does not exist; for a step, with the steps that there are."""
     path = Path(path)
+    if path.is_file():
+        return f"{path} is not a directory; give its folder, {path.parent}"
     if path.exists() or not path.name.startswith("step_") or not path.parent.is_dir():
         return f"{path} is not a directory"
     steps = shorten_list(sorted(step_folders(path.parent), reverse=True)) or "no steps"

@@ -106,13 +106,21 @@ def check_device_precision(fp16: bool, device: Any) -> None:
         raise UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
 
 
-def run_inference(resolve: Resolver, work: Callable[[Any, Any, Sequence[str]], None]) -> None:
+def run_inference(
+    resolve: Resolver,
+    work: Callable[[Any, Any, Sequence[str]], None],
+    check_folders: Callable[[str, str], None] | None = None,
+) -> None:
     """Runs a command that needs weights: `resolve` checks the command line, `work(job, device, notes)` does
     the rest.
 
-    `job.spec.args` are the `EngineArgs`. Modules that need Megatron-core must be imported by `work`.
+    `job.spec.args` are the `EngineArgs`. `check_folders` checks the folders of weights and tokenizer before
+    torch is imported, in a process that is alone; for several the launcher has done so. Modules that need
+    Megatron-core must be imported by `work`.
     """
     job, notes = resolve(sys.argv[1:], world_size())
+    if check_folders and world_size() == 1:
+        check_folders(job.spec.args.load, job.spec.tokenizer)
     from ascendspeed.distributed import device as devices
 
     device = devices.prepare(job.spec.args.device, job.spec.args.distributed_backend)

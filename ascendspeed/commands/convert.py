@@ -10,12 +10,15 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from ascendspeed.cli import command, parser
+from ascendspeed.cli import command, parser, train_args
+from ascendspeed.config import schema
 from ascendspeed.conversion.formats import registry
 from ascendspeed.conversion.formats.base import WriteOptions
+from ascendspeed.inference.input_checks import check_chat_template
 from ascendspeed.models import families
 from ascendspeed.models.families.internevo_names import InternEvoOptions
 from ascendspeed.utils import errors, hub
+from ascendspeed.utils.atomic import require_empty_dir
 
 TARGETS = registry.writable_formats()
 CHOICES = tuple(form.name for form in TARGETS)
@@ -88,22 +91,37 @@ def _check_read_options(options: ConvertCommand, typed: set[str]) -> None:
             raise errors.UserError(f"{parser.flag_of(name)} is for {form.contents}, which {source} is not")
 
 
+def _check_names(options: ConvertCommand) -> None:
+    """Raises UserError for mistakes that would otherwise be found after the checkpoint has been hashed."""
+    if options.tokenizer:
+        from ascendspeed.tokenization.tokenizer import find_vocabulary  # here, for it imports numpy
+
+        find_vocabulary(Path(options.tokenizer))
+    check_chat_template(options.chat_template)
+    try:
+        model = train_args.find_model(options.source)
+    except errors.UserError:
+        return  # the reader of the format says more
+    if model:
+        schema.check_tensor_parallel(model, options.writing.tp)
+
+
 def main() -> None:
     """Parses the command line, converts, and prints the target."""
     options = parser.parse(ConvertCommand, description=__doc__ or "")
     typed = parser.typed_fields(ConvertCommand)
     _check_write_options(options, typed)
-    from ascendspeed.conversion import (  # after parsing, so that --help does not wait for torch
+    require_empty_dir(options.target)
+    options, _ = hub.localize(options, {"source": True, "config": False, "tokenizer": False})
+    _check_read_options(options, typed)
+    _check_names(options)
+    from ascendspeed.conversion import (  # after the checks, which need no torch
         chat_assets,
         convert,
         verify,
     )
-    from ascendspeed.utils.atomic import require_empty_dir
 
-    require_empty_dir(options.target)
     writer = registry.format_named(options.format).writer(options.writing)
-    options, _ = hub.localize(options, {"source": True, "config": False, "tokenizer": False})
-    _check_read_options(options, typed)
     reader = convert.open_reader(options.source, options.config, options.reading)
     reader = convert.with_tokenizer(reader, options.tokenizer)
     reader = chat_assets.with_template(reader, options.chat_template)

@@ -11,6 +11,7 @@ from typing import Any
 from ascendspeed.cli import command
 from ascendspeed.evaluation import args as evaluation_args
 from ascendspeed.evaluation.args import EvaluationJob
+from ascendspeed.inference.input_checks import check_folders
 from ascendspeed.utils import errors
 
 
@@ -31,7 +32,7 @@ def work(job: EvaluationJob, device: Any, notes: Sequence[str]) -> None:
 
 def main() -> None:
     """Runs the command."""
-    command.run_inference(resolve, work)
+    command.run_inference(resolve, work, check_folders)
 
 
 def run_command() -> None:

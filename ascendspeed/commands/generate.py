@@ -10,6 +10,7 @@ from typing import Any
 
 from ascendspeed.cli import command
 from ascendspeed.inference.args import GenerationJob, resolve
+from ascendspeed.inference.input_checks import check_folders
 from ascendspeed.utils import errors
 
 
@@ -22,7 +23,7 @@ def work(job: GenerationJob, device: Any, notes: Sequence[str]) -> None:
 
 def main() -> None:
     """Runs the command."""
-    command.run_inference(resolve, work)
+    command.run_inference(resolve, work, check_folders)
 
 
 def run_command() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ascendspeed.cli import command
+from ascendspeed.inference.input_checks import check_folders
 from ascendspeed.inference.serving.args import ServeJob, resolve
 from ascendspeed.utils import errors
 
@@ -20,7 +21,7 @@ def work(job: ServeJob, device: Any, notes: Sequence[str]) -> None:
 
 def main() -> None:
     """Runs the command."""
-    command.run_inference(resolve, work)
+    command.run_inference(resolve, work, check_folders)
 
 
 def run_command() -> None:

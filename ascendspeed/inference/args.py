@@ -26,6 +26,7 @@ from ascendspeed.config.schema import (
     alias,
 )
 from ascendspeed.inference.input_checks import check_chat_template, check_folders, check_input_file
+from ascendspeed.inference.sampling_ranges import check_sampling_ranges
 from ascendspeed.models import families
 from ascendspeed.utils import hub
 from ascendspeed.utils.errors import UserError
@@ -217,6 +218,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[GenerationJob, list[str]]:
         generation,
         {"batch_size": 1, "max_input_length": 1, "history_turns": 0, "max_new_tokens": 1, "lookup": 0},
     )
+    check_sampling_ranges(generation)
     if "" in generation.stop:
         raise UserError("--stop is empty: a text of no characters would end every answer at once")
     _check_uses(tasks, line.typed)

@@ -26,6 +26,8 @@ def check_input_file(path: str | None) -> None:
     with contextlib.suppress(OSError):  # opening it names the cause
         if not Path(path).exists():
             raise UserError(f"--input-file {path}: there is no such file")
+        if Path(path).is_dir():
+            raise UserError(f"--input-file {path} is a directory: give a file of JSON lines")
 
 
 def check_chat_template(name: str | None) -> None:

@@ -1,8 +1,8 @@
 """`SamplingParams`: settings of generation; `Completion`: a generated sequence."""
 
-import math
 from dataclasses import dataclass, fields
 
+from ascendspeed.inference.sampling_ranges import check_sampling_ranges
 from ascendspeed.utils.errors import UserError
 
 
@@ -43,7 +43,7 @@ class SamplingParams:
 
     def check(self) -> None:
         """Raises `UserError` for a value out of range or a setting that has no effect."""
-        self._check_ranges()
+        check_sampling_ranges(self)
         defaults = {f.name: f.default for f in fields(self)}
         for name in ("temperature", "top_k", "top_p"):
             if not self.do_sample and getattr(self, name) != defaults[name]:
@@ -57,24 +57,6 @@ class SamplingParams:
                 f"--num-return-sequences {self.num_return_sequences}: only {most} available; "
                 "sample, or increase --num-beams"
             )
-
-    def _check_ranges(self) -> None:
-        valid = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "must be at least 1"),
-            "num_beams": (self.num_beams >= 1, "must be at least 1"),
-            "num_return_sequences": (self.num_return_sequences >= 1, "must be at least 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "must be above 0"),
-            "temperature": (
-                self.temperature == 0 or 1e-4 <= self.temperature < math.inf,
-                "must be 0 (always the most likely token) or at least 0.0001",
-            ),
-            "top_p": (0 <= self.top_p <= 1, "must be between 0 (always the most likely token) and 1"),
-            "top_k": (self.top_k >= -1, "must be above 0, or 0 or -1 for all tokens"),
-            "length_penalty": (-32 <= self.length_penalty <= 32, "must be between -32 and 32"),
-        }
-        for name, (is_valid, rule) in valid.items():
-            if not is_valid:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: {rule}")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Runs the service: the HTTP server on rank 0, the engine on every rank."""
 
 import contextlib
+import errno
 import logging
 import signal
 import socket
@@ -114,9 +115,10 @@ def _listen(session: Session, serve: ServeArgs) -> socket.socket | None:
         try:
             sockets.append(socket.create_server((serve.host, serve.port), family=family, backlog=2048))
         except OSError as error:
-            raise UserError(
-                f"--host {serve.host} --port {serve.port}: {error.strerror or error}; choose another --port"
-            ) from None
+            unknown = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+            wrong = "host" if unknown else "port"
+            address = f"--host {serve.host} --port {serve.port}"
+            raise UserError(f"{address}: {error.strerror or error}; choose another --{wrong}") from None
         if serve.host not in LOOPBACK:
             logger.info(f"note: --host {serve.host}: other machines can reach the service; set an API key")
         return b""

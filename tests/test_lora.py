@@ -551,7 +551,7 @@ def test_gradients_of_a_quantised_linear(cpu, bits):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--quantization-bit 8", "mean nothing without --lora-rank"),
+        ("--quantization-bit 8", "--quantization-bit without --lora-rank has no effect"),
         ("--quantization-bit 8 --lora-rank 4 --deepspeed --zero-stage 3", "use stage 0, 1 or 2"),
         (
             "--quantization-bit 4 --lora-rank 4 --ffn-hidden-size 96 --model internlm-tiny",

@@ -88,7 +88,7 @@ def test_the_published_flags():
             f"mixes two ways .*; use one of {OWN} or {LLAMA}",
         ),
         ("--lora-rank 4 --lora-target-modules ,", "names nothing"),
-        ("--lora-alpha 4", "mean nothing without --lora-rank"),
+        ("--lora-alpha 4", "--lora-alpha without --lora-rank has no effect"),
         ("--lora-rank -1", "--lora-rank -1: must be 0 or more"),
         ("--lora-rank 4 --lora-alpha 0", "--lora-alpha 0.0: must be above 0"),
         ("--lora-rank 4 --lora-dropout 1", "--lora-dropout 1.0: must be at least 0 and below 1"),

@@ -147,6 +147,8 @@ def test_a_mismatch_with_load_names_both_values(weights, words, message):
             r"unknown model 'internlm-7c' \(did you mean internlm-7b\?\)",
         ),
         ("--deepspeed --data-path x --lr fast", 1, "--lr: could not convert string to float: 'fast'"),
+        ("--data-path x --rampup-batch-size 2 4", 1, r"^--rampup-batch-size 2 4: expected INT INT INT \(see"),
+        ("--data-path x --train-iters 5 --profile", 1, "--profile-step-start 10: the run ends after 5 iter"),
         ("--deepspeed --data-path x --zero-stage 4", 1, "invalid choice '4' for argument '--zero-stage'"),
         (
             "--deepspeed --data-path x --pipeline-model-parallel-size 2",
@@ -218,6 +220,20 @@ def test_errors_are_one_line(words, world, message):
     with pytest.raises(UserError, match=message) as caught:
         resolve(words.split(), world)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        ("--eval-interval 6", "--eval-interval 6: the run ends after 5 iterations"),
+        ("--eval-interval 5", None),
+        ("--iterations-to-skip 5", "--iterations-to-skip, --skip-batches: 5 is beyond the last iteration, 4"),
+        ("--skip-batches 3-7", None),
+    ],
+)
+def test_what_a_short_run_does_not_reach_is_noted(words, note):
+    notes = resolve([*GOOD, "--train-iters", "5", *words.split()], 1)[1]
+    assert [text[: len(note or "")] for text in notes if "iteration" in text] == ([note] if note else [])
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '"x"', "{", '{"model_type": "gpt2"}'])

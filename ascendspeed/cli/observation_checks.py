@@ -1,6 +1,7 @@
 """Checks of flags that observe a run: benchmarks (--eval-tasks) and profiles (--profile)."""
 
 from ascendspeed.cli.parser import flag_of
+from ascendspeed.config import batch_schedule
 from ascendspeed.config.schema import Run, TrainConfig
 from ascendspeed.utils.errors import UserError
 
@@ -47,3 +48,28 @@ def check_profile(train: TrainConfig) -> None:
             f"--profile-step-end {train.profile_step_end}: must be above --profile-step-start "
             f"{train.profile_step_start}"
         )
+    is_known = train.train_epochs is None  # otherwise the length follows from the data
+    if train.profile and is_known and train.profile_step_start >= train.train_iters:
+        raise UserError(
+            f"--profile-step-start {train.profile_step_start}: the run ends after {train.train_iters} "
+            "iterations, so nothing would be traced; choose an earlier iteration"
+        )
+
+
+def notes_of_length(train: TrainConfig) -> list[str]:
+    """Notes about flags that have no effect because the run ends before."""
+    if train.train_epochs is not None:
+        return []
+    end = train.train_iters
+    intervals = {name: getattr(train, name) or 0 for name in ("eval_interval", "eval_tasks_interval")}
+    notes = [
+        f"{flag_of(name)} {interval}: the run ends after {end} iterations, before an evaluation"
+        for name, interval in intervals.items()
+        if interval > end
+    ]
+    late = [numbers.start for numbers in batch_schedule.skipped_iterations(train) if numbers.start >= end]
+    if late:
+        notes.append(
+            f"--iterations-to-skip, --skip-batches: {late[0]} is beyond the last iteration, {end - 1}"
+        )
+    return notes

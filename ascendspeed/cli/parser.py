@@ -25,6 +25,10 @@ NEAR = 0.85
 LONG_FLAG = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 LONGEST = 500
 """Characters of a message that may quote a value of any length."""
+UNION_ERROR = re.compile(
+    r"Error parsing (--[\w-]+): no type matching (.*?) could be instantiated from \[(.*?)]"
+)
+"""Message of tyro for a value of several words: flag, types, words."""
 LEAST_WIDTH = 40
 """Columns of the narrowest `--help`: with fewer than 6, tyro does not end."""
 
@@ -235,4 +239,8 @@ def _one_line(box: str) -> str:
             parts[-1].append(text)
     texts = [" ".join(" ".join(part).split()) for part in parts]
     text = next((text for text in texts[1:] if text), texts[0])
+    if union := UNION_ERROR.match(text):
+        flag, types, words = union.groups()
+        typed = " ".join(re.findall("'([^']*)'", words))
+        text = f"{flag} {typed}: expected {re.sub('[{}|]|None', '', types)}"
     return (text if len(text) <= LONGEST else f"{text[:LONGEST]}...") + " (see --help)"

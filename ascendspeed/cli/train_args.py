@@ -15,6 +15,7 @@ from ascendspeed.cli import command, parser, reward_model, validation
 from ascendspeed.cli.command import CommandLine
 from ascendspeed.cli.compat import TRAIN
 from ascendspeed.cli.config_file import reading as config_file
+from ascendspeed.cli.observation_checks import notes_of_length
 from ascendspeed.config import batch_schedule, schema
 from ascendspeed.config.schema import DataConfig, ModelConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.models import families
@@ -111,6 +112,7 @@ def resolve_line(line: CommandLine[Any], world: int | None) -> tuple[Run, list[s
     run = Run(model, parallel, options.optim, _mocked(data), train, lora, options.preference, inputs)
     line.legacy.check(run)
     validation.check_run(run, world)
+    notes += notes_of_length(run.train)
     if line.dumps:
         config_file.dump(schema.to_dict(run), SECTIONS)
     return run, notes

@@ -6,7 +6,7 @@ one; several of them (q, k, v) share one linear of Megatron-core. A family with 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from ascendspeed.config.pipeline_stages import pipeline_stage_layers
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
@@ -165,10 +165,10 @@ def resolve_config(model: ModelConfig, lora: LoraConfig) -> LoraConfig:
     """The LoRA settings with target modules as single names. Raises `UserError` for unsupported or
     contradictory settings."""
     if not lora.lora_rank:
-        if lora != LoraConfig():
-            raise UserError(
-                "--lora-alpha, --lora-target-modules and so on mean nothing without --lora-rank; add it"
-            )
+        typed = [f.name for f in fields(LoraConfig) if getattr(lora, f.name) != getattr(LoraConfig(), f.name)]
+        if typed:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
+            raise UserError(f"{flags} without --lora-rank has no effect; add --lora-rank, or leave it out")
         return lora
     if model.num_experts:
         raise UserError(

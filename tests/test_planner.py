@@ -42,6 +42,15 @@ def test_model_states_of_megatron(words, optimizer):
     assert plan["fits"] is False
 
 
+def test_a_batch_of_one_micro_batch_is_noted():
+    """Several need more memory with some engines, and real runs have them."""
+    words = ["--model", "internlm-tiny", "--devices", "4", "--micro-batch-size", "2"]
+    note = command.resolve(words)[2][0]
+    assert note.startswith("--global-batch-size is not given: a step has 8 samples")
+    given = command.resolve([*words, "--global-batch-size", "16"])[2]
+    assert not any(note.startswith("--global-batch-size") for note in given)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_warns_of_nothing(stage):

@@ -67,7 +67,7 @@ def resolve(args: Sequence[str]) -> tuple[PlanOptions, Run, list[str]]:
     _check(plan)
     run, notes = resolve_line(line, plan.devices)
     check_supported(run)
-    return plan, run, [*_default_note(line), *notes]
+    return plan, run, [*_default_note(line), *_batch_note(line, run), *notes]
 
 
 def resolve_base(args: Sequence[str]) -> tuple[Run, frozenset[str]]:
@@ -108,6 +108,16 @@ def _default_note(line: CommandLine[PlanCommand]) -> list[str]:
     options = line.options
     is_given = options.preset.model or options.train.load or MODEL_FIELDS & line.typed
     return [] if is_given else [f"neither --model nor --load is given: the plan is for {DEFAULT_MODEL}"]
+
+
+def _batch_note(line: CommandLine[PlanCommand], run: Run) -> list[str]:
+    """States the global batch if it follows from the devices, since longer steps need more memory."""
+    if "global_batch_size" in line.typed:
+        return []
+    return [
+        f"--global-batch-size is not given: a step has {run.train.global_batch_size} samples, one micro-batch "
+        "per replica; with more, gradients are accumulated, which may need more memory"
+    ]
 
 
 def options_of(args: Sequence[str]) -> PlanOptions:

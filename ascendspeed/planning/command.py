@@ -115,8 +115,8 @@ def _batch_note(line: CommandLine[PlanCommand], run: Run) -> list[str]:
     if "global_batch_size" in line.typed:
         return []
     return [
-        f"--global-batch-size is not given: a step has {run.train.global_batch_size} samples, one micro-batch "
-        "per replica; with more, gradients are accumulated, which may need more memory"
+        f"--global-batch-size is not given: a step has {run.train.global_batch_size} samples, one "
+        "micro-batch per replica; with more, gradients are accumulated, which may need more memory"
     ]
 
 

@@ -50,6 +50,13 @@ def test_ramp_equals_megatron(start, increment, steps, ramp, samples):
     assert iterations_of(train, samples) == iterations
 
 
+def test_a_ramp_of_many_samples_takes_no_loop_over_them():
+    train = TrainConfig(global_batch_size=2, rampup_batch_size=(1, 1, 10**12), train_samples=10**13)
+    assert iterations_of(train, 10**13) == 10**12 + 1 + (9 * 10**12 - 1) // 2
+    with pytest.raises(UserError, match="more than 10,000 batch sizes"):
+        batch_schedule.check_rampup(replace(train, global_batch_size=2 * 10**9))
+
+
 def test_schedule_in_samples_equals_megatron():
     """Learning rates of a run with a ramp and skipped iterations, all points."""
     run, _ = resolve(

@@ -82,6 +82,8 @@ def test_fastest_that_fit():
     assert executed == possible[:3]
     assert (len(fitting), count) == (2, 3)
     assert "torchrun --nproc_per_node 8" in report.search_text(fitting, words.split(), options)
+    for devices, launcher in ((12, "--nproc_per_node 6 --nnodes 2"), (7, "--nproc_per_node 7 pretrain")):
+        assert launcher in search.command_line(fitting[0].candidate, [], devices)  # 12 processes, not 16
     assert [row["peak"] for row in report.search_json(fitting, words.split(), options)] == [60 * 2**30] * 2
     assert "none fits" in report.search_text([], words.split(), options)
 

@@ -130,6 +130,35 @@ def test_what_this_machine_lacks_is_named(tmp_path):
             StepProfiler(run, grid, cpu)
 
 
+def profiler_of(folder, *words):
+    from ascendspeed.distributed.device import Device
+    from ascendspeed.training.profiling import StepProfiler
+
+    run, _ = train_args.resolve(["--mock-data", "--profile", "--log-dir", str(folder), *words], 1)
+    grid = SimpleNamespace(rank=0, world=1, all_gather_object=lambda value: [value])
+    return StepProfiler(run, grid, Device("cpu", 0, "gloo", "CPU"))
+
+
+def test_a_trace_that_cannot_be_written_ends_no_training(tmp_path, caplog):
+    profiler = profiler_of(tmp_path, "--profile-step-start", "0", "--profile-step-end", "1")
+    with profiler.iteration(0):
+        pass
+    (tmp_path / "profile").rmdir()
+    (tmp_path / "profile").touch()
+    with caplog.at_level("WARNING"):
+        profiler.finish(1, is_last=False)
+    assert "rank 0 could not write its trace" in caplog.text
+    with pytest.raises(UserError, match="profile: File exists; choose another --log-dir"):
+        profiler_of(tmp_path)
+
+
+def test_a_profile_without_iterations_is_reported(tmp_path, caplog):
+    profiler = profiler_of(tmp_path)
+    with profiler.iteration(3), caplog.at_level("WARNING"):
+        profiler.finish(4, is_last=True)
+    assert "nothing was traced" in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["", "--deepspeed --zero-stage 1 --bf16"])
 def test_a_run_on_two_ranks(engine, tmp_path):

@@ -232,7 +232,7 @@ def _one_line(box: str) -> str:
     """Extracts the message of a tyro error, which is a box: title, rule, message, rule, hints."""
     parts: list[list[str]] = [[]]
     for line in box.splitlines():
-        text = re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│ ")
+        text = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", line).strip("│ ")
         if re.fullmatch(r"[-─╭╰].*[-─╮╯]", text):
             parts.append([])
         else:

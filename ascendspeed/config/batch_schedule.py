@@ -9,6 +9,9 @@ import re
 from ascendspeed.config.schema import TrainConfig
 from ascendspeed.utils.errors import UserError
 
+MAX_STEPS = 10_000
+"""Most steps of a ramp."""
+
 
 def batch_size_at(train: TrainConfig, samples: int) -> int:
     """Global batch size of the iteration that begins after `samples` consumed samples."""
@@ -44,10 +47,18 @@ def iterations_of(train: TrainConfig, samples: int) -> int:
         return _iterations_of_equal_steps(train, samples)
     if train.rampup_batch_size is None:
         return samples // (train.global_batch_size or 1)
+    start, increment, ramp = train.rampup_batch_size
+    limit, size_lasts = (
+        min(ramp, samples),
+        ramp / max(1, ((train.global_batch_size or 0) - start) // increment),
+    )
     iterations = consumed = 0
-    while consumed <= min(train.rampup_batch_size[2], samples):
-        consumed += batch_size_at(train, consumed)
-        iterations += 1
+    while consumed <= limit:
+        size = batch_size_at(train, consumed)
+        size_ends = min(limit, (int(consumed / size_lasts) + 1) * size_lasts)
+        batches = max(1, int(size_ends - consumed) // size - 1)  # the last ones of a size one by one
+        consumed += batches * size
+        iterations += batches
     return iterations + max(0, samples - consumed) // (train.global_batch_size or 1)
 
 
@@ -91,6 +102,9 @@ def check_rampup(train: TrainConfig) -> None:
             if start <= full
             else f"{flag}: START is above --global-batch-size {full}"
         )
+
+    if (full - start) // increment > MAX_STEPS:
+        raise UserError(f"{flag}: more than {MAX_STEPS:,} batch sizes; choose a larger INCREMENT")
 
 
 def skipped_iterations(train: TrainConfig) -> list[range]:

@@ -202,8 +202,9 @@ def _width(model: ModelConfig) -> int:
 def command_line(candidate: Candidate, typed: Sequence[str], devices: int) -> str:
     """Shell command that starts the run; inputs that the plan did not need are left to the user."""
     variables = " ".join(f"{name}={value}" for name, value in candidate.environment.items())
-    nodes = -(-devices // NODE)
-    launcher = f"torchrun --nproc_per_node {min(devices, NODE)}"
+    per_node = max(size for size in range(1, NODE + 1) if devices % size == 0)
+    nodes = devices // per_node
+    launcher = f"torchrun --nproc_per_node {per_node}"
     if nodes > 1:
         launcher += f" --nnodes {nodes} --node_rank $NODE_RANK --master_addr $MASTER_ADDR"
     words = [*typed, *candidate.flags]

@@ -34,6 +34,8 @@ class StepProfiler:
         self._steps = range(train.profile_step_start, train.profile_step_end) if train.profile else range(0)
         self._trace: profile | None = None
         self._done: list[int] = []
+        if train.profile:
+            self._make_folder()
         if train.record_memory_history:
             device.record_memory_history()
 
@@ -65,25 +67,53 @@ class StepProfiler:
         """
         if is_last and self._train.record_memory_history:
             self._dump_memory_history()
+        if is_last and self._steps and not self._done:
+            logger.warning(
+                f"--profile: nothing was traced, since the run has no iteration between "
+                f"--profile-step-start {self._steps.start} and --profile-step-end {self._steps.stop}"
+            )
         if not self._done or not (is_last or step >= self._steps.stop):
             return
         iterations = f"{self._done[0]}-{self._done[-1]}"
         self._steps, self._done = range(0), []
         traces = self._grid.all_gather_object(self._write_trace() if self._trace else None)
         self._trace = None
-        if self._grid.rank == 0:
-            times = profile_summary.compare([trace for trace in traces if trace])
-            profile_summary.write_summary(self._folder, times, iterations)
+        written = [trace for trace in traces if trace]
+        if self._grid.rank == 0 and written:
+            times = profile_summary.compare(written)
+            with self._surviving("summary"):
+                profile_summary.write_summary(self._folder, times, iterations)
             logger.info(profile_summary.as_text(times, iterations))
             logger.info(f"traces for Perfetto and chrome://tracing are in {self._folder}")
 
-    def _write_trace(self) -> TraceTimes:
+    def _make_folder(self) -> None:
+        """Makes the folder of the traces. Raises UserError."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--profile writes to {self._folder}: {error.strerror}; choose another --log-dir"
+            ) from None
+
+    @contextlib.contextmanager
+    def _surviving(self, output: str) -> Iterator[None]:
+        """Makes an error of writing a warning: a full disk must not end the training."""
+        try:
+            yield
+        except (OSError, RuntimeError, UserError) as error:
+            logger.warning(
+                f"--profile: rank {self._grid.rank} could not write its {output}: {error}; training goes on"
+            )
+
+    def _write_trace(self) -> TraceTimes | None:
+        """Writes the trace of this rank; returns its times, None if it cannot be written."""
         self._trace.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"rank-{self._grid.rank:05}.json.gz"
-        self._trace.export_chrome_trace(str(path))
-        events = profile_summary.read_events(path)
-        return profile_summary.measure(self._grid.rank, events, COLLECTIVE_EVENTS)
+        with self._surviving("trace"):
+            self._trace.export_chrome_trace(str(path))
+            events = profile_summary.read_events(path)
+            return profile_summary.measure(self._grid.rank, events, COLLECTIVE_EVENTS)
+        return None
 
     def _dump_memory_history(self) -> None:
         path, rank = Path(self._train.memory_snapshot_path), self._grid.rank

@@ -70,7 +70,9 @@ def expected(
     return losses.detach(), torch.autograd.grad(losses, logits, arriving.double())[0]
 
 
-def ours(monkeypatch, logits, labels, arriving, ranks: int = 1, **terms) -> tuple[torch.Tensor, torch.Tensor]:
+def ours(
+    monkeypatch, logits, labels, arriving, ranks: int = 1, kernel=None, **terms
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (the same on every rank, or the test fails) and the shards' gradients side by side."""
     from ascendspeed.models.gpt import cross_entropy as loss
 
@@ -80,7 +82,7 @@ def ours(monkeypatch, logits, labels, arriving, ranks: int = 1, **terms) -> tupl
 
     def work(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         shard = shards[rank].requires_grad_()
-        losses = loss.cross_entropy(shard * 1, labels, None, loss.LossTerms(**terms))
+        losses = loss.cross_entropy(shard * 1, labels, None, loss.LossTerms(**terms), kernel)
         return losses.detach(), torch.autograd.grad(losses, shard, arriving)[0]
 
     results = world.run(work)

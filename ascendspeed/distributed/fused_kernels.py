@@ -12,6 +12,9 @@ from ascendspeed.distributed import onednn
 from ascendspeed.distributed.device import Device, SequenceBounds, fused_kernel
 from ascendspeed.distributed.triton_kernels import selection
 
+NO_KERNEL = "torch (no fused kernel is installed for this device)"
+"""Source of an operation that is enabled."""
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension (arXiv 1910.07467); x [..., h], weight
@@ -72,6 +75,20 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class CrossEntropyKernel:
+    """The two passes of cross entropy over the logits [n, V] of a vocabulary shard.
+
+    labels int64 [n] index the shard; one outside 0 ... V - 1 belongs to another rank. All others: fp32 [n].
+    """
+
+    statistics: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    """logits, labels -> largest logit, sum of exp(logit - largest), logit of the label or 0."""
+    write_gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int], None]
+    """logits, labels, largest, scale, at_label, share, columns: overwrites the logits by exp(logit - largest)
+    · scale, plus at_label at the label, minus share in the first columns."""
+
+
+@dataclass(frozen=True)
 class Kernels:
     """The operations in use and their sources."""
 
@@ -79,6 +96,8 @@ class Kernels:
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary
     swiglu: Callable[[Tensor], Tensor] = swiglu
     geglu: Callable[[Tensor], Tensor] = geglu
+    cross_entropy: CrossEntropyKernel | None = None
+    """The loss; None: torch's operations, in slices of rows."""
     varlen: Callable[[Tensor, Tensor, Tensor, SequenceBounds], Tensor] | None = None
     """Causal attention within each of many sequences; None: torch's SDPA, one sequence after the other."""
     linear: Callable[[Tensor, Tensor], Tensor] = linear
@@ -115,12 +134,14 @@ def select_kernels(
         if kernel:
             kernels[operation] = kernel.call
             sources[operation] = kernel.source
-        elif problem and operation in selection.OPERATIONS:
-            sources[operation] = f"torch (no Triton: {problem})"
         elif is_enabled:
-            sources[operation] = "torch (no fused kernel is installed for this device)"
+            sources[operation] = NO_KERNEL
         else:
             sources[operation] = "torch"
+    if problem:
+        without = {"", "torch", NO_KERNEL}
+        names = [name for name in selection.OPERATIONS if sources.get(name, "") in without]
+        sources |= dict.fromkeys(names, f"torch (no Triton: {problem})")
     if products:
         product, sources["linear"] = onednn.choose(products, device)
         if product:

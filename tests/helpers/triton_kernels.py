@@ -13,6 +13,7 @@ import torch
 MODULES = {
     "swiglu": ("forward_kernel", "backward_kernel"),
     "rotary": ("rotate_kernel",),
+    "cross_entropy": ("statistics_kernel", "gradient_kernel"),
 }
 """Module of `triton_kernels` -> its kernels."""
 TYPES = {
@@ -48,11 +49,15 @@ def interpret(monkeypatch: pytest.MonkeyPatch, *owners: Any) -> None:
     )
     # The interpreter imports it on its first call; it must find the functions of triton.language unchanged.
     importlib.import_module("triton.experimental.gluon")
-    for owner in (*(owners or map(module, MODULES)), tl):
-        names = ("sum", "max") if owner is tl else MODULES[owner.__name__.rsplit(".", 1)[-1]]
-        for name in names:
+    for owner in owners or map(module, MODULES):
+        for name in MODULES[owner.__name__.rsplit(".", 1)[-1]]:
             if isinstance(function := getattr(owner, name), JITFunction):
                 monkeypatch.setattr(owner, name, InterpretedFunction(function.fn))
+    # An interpreted tl.sum would leave triton.language changed.
+    for name, combine in (("sum", tl.standard._sum_combine), ("max", tl.standard._elementwise_max)):
+        monkeypatch.setattr(
+            tl, name, lambda x, axis, combine=combine: interpreter.ReduceOps(axis, combine, False).apply(x)
+        )
 
 
 def _to_bf16(x: np.ndarray) -> np.ndarray:

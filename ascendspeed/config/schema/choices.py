@@ -9,7 +9,7 @@ BackendChoice = Literal["auto", "nccl", "gloo", "hccl"]
 MOCK_DATA = "<mock data>"
 """Value of `DataConfig.data_path` for --mock-data."""
 CpuLinearChoice = Literal["auto", "onednn", "torch"]
-TritonChoice = Literal["auto", "off", "swiglu", "rotary"]
+TritonChoice = Literal["auto", "off", "swiglu", "rotary", "cross_entropy"]
 QuantizationChoice = Literal["w8a16"]
 KVCacheChoice = Literal["auto", "int8"]
 

@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,11 @@ import torch
 from ascendspeed.distributed.device import Device
 from ascendspeed.utils.errors import UserError
 
-OPERATIONS = ("swiglu", "rotary")
+OPERATIONS = ("swiglu", "rotary", "cross_entropy")
 """Operations of `Kernels` with a Triton kernel; a module of this package each."""
 
 
-def select(device: Device, choice: Sequence[str]) -> tuple[dict[str, Callable[..., Any]], str]:
+def select(device: Device, choice: Sequence[str]) -> tuple[dict[str, Any], str]:
     """Kernel of every chosen operation, and the reason if a device that compiles Triton has none.
 
     `choice`: "auto" (all of them, where they run), "off", or operations. Raises `UserError` if an operation
@@ -33,7 +33,7 @@ def select(device: Device, choice: Sequence[str]) -> tuple[dict[str, Callable[..
     return {} if problem else {name: kernel(name) for name in (OPERATIONS if is_auto else choice)}, problem
 
 
-def kernel(operation: str) -> Callable[..., Any]:
+def kernel(operation: str) -> Any:
     """The Triton kernel of an operation; imports triton."""
     return getattr(importlib.import_module(f"ascendspeed.distributed.triton_kernels.{operation}"), operation)
 

@@ -45,7 +45,9 @@ class GPTLanguageModel(GPTModel):
         losses."""
         if self.config.reward_head:
             return logits.squeeze(-1).t()
-        return cross_entropy(logits, labels.t(), self.pg_collection.tp, self.config.loss_terms).t()
+        config, group = self.config, self.pg_collection.tp
+        loss = cross_entropy(logits, labels.t(), group, config.loss_terms, config.kernels.cross_entropy)
+        return loss.t()
 
 
 def build_model(

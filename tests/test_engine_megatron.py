@@ -31,9 +31,10 @@ from helpers.megatron_themes import (
     run_and_check,
 )
 
+FSDP = {"use_torch_fsdp2": True}
 THEMES: dict[str, Callable[[Path], Theme]] = {
     "losses": lambda folder: losses(
-        {name: LAYOUTS[2][name] for name in ("dp2", "tp2 sp", "cp2, shards")},
+        {name: LAYOUTS[2][name] for name in ("dp2", "tp2 sp", "cp2, shards")} | {"fsdp": FSDP},
         FEW_STEPS,
         mistakes=CONTROLS,
         model=SHALLOW,

@@ -95,7 +95,7 @@ class MegatronEngine(BaseEngine):
             self._optimizer_config(), self.chunks, use_gloo_process_groups=False
         )
         for chained in optimizer.chained_optimizers:
-            chained.optimizer = self._adamw(chained)
+            chained.optimizer = self._adamw(chained.optimizer.param_groups, chained)
             if self.run.optim.store_param_remainders:  # the update writes the weights
                 chained._copy_main_params_to_model_params = lambda: None
         return optimizer
@@ -139,11 +139,11 @@ class MegatronEngine(BaseEngine):
             overlap_param_gather=parallel.overlap_param_gather,
         )
 
-    def _adamw(self, chained: Any) -> torch.optim.AdamW:
+    def _adamw(self, groups: Sequence[dict[str, Any]], chained: Any = None) -> torch.optim.AdamW:
         """torch's AdamW, whatever else is installed, with Megatron-core's parameter groups and with its
-        states.
+        states. `chained`: the optimizer of Megatron-core, which --store-param-remainders needs.
         """
-        optim, groups = self.run.optim, chained.optimizer.param_groups
+        optim = self.run.optim
         adamw = (SplitAdamW if optim.store_param_remainders else torch.optim.AdamW)(
             [{"params": [], "weight_decay": optim.weight_decay * group["wd_mult"]} for group in groups],
             **adamw_settings(optim, self.device),

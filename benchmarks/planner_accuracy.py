@@ -26,6 +26,7 @@ from ascendspeed.utils.atomic import write_file
 SIZES = "--seq-length 256 --micro-batch-size 2 --num-layers 4"
 TINY, TINY2 = "--model internlm-tiny", "--model internlm2-tiny"
 FULL = "--recompute-granularity full"
+NF4 = "--ffn-hidden-size 384 --lora-rank 8 --quantization-bit 4"
 CASES = {
     "Megatron": (1, 0, f"{TINY} --bf16"),
     "Megatron, fp32": (1, 0, TINY),
@@ -53,6 +54,19 @@ CASES = {
     "ZeRO-2, TP 2, SP": (4, 0, f"{TINY2} --bf16 --deepspeed --zero-stage 2 --tp 2 --sequence-parallel"),
     "ZeRO-3": (2, 0, f"{TINY} --bf16 --deepspeed --zero-stage 3"),
     "LoRA, ZeRO-2": (2, 0, f"{TINY2} --bf16 --deepspeed --zero-stage 2 --lora-rank 8"),
+    "QLoRA, int8": (1, 0, f"{TINY2} --bf16 --lora-rank 8 --quantization-bit 8"),
+    "QLoRA, NF4": (1, 0, f"{TINY2} --bf16 {NF4}"),
+    "QLoRA, NF4, ZeRO-2, TP 2, SP": (
+        4,
+        0,
+        f"{TINY2} --bf16 --deepspeed --zero-stage 2 --tp 2 --sequence-parallel {NF4}",
+    ),
+    "masters in 16 bits": (1, 0, f"{TINY} --bf16 --store-param-remainders"),
+    "masters in 16 bits, distributed optimizer": (
+        2,
+        0,
+        f"{TINY} --bf16 --store-param-remainders --use-distributed-optimizer",
+    ),
     "InternLM3": (1, 0, "--model internlm3-tiny --bf16"),
     "Gemma": (1, 0, "--model gemma-tiny --bf16"),
     "Baichuan2": (1, 0, "--model baichuan2-tiny --bf16"),

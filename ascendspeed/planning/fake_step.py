@@ -149,8 +149,11 @@ def _named(sums: Counter[str]) -> dict[str, int]:
 
 
 def _weights(modules: list[Any]) -> Iterator[Tensor]:
-    """The parameters, and under ZeRO-3 this rank's part of them."""
+    """The parameters, under ZeRO-3 this rank's part of them, and the scales of quantised ones."""
     for module in modules:
+        for part in module.modules():
+            if isinstance(scale := getattr(part, "weight_scale", None), Tensor):
+                yield scale
         for parameter in module.parameters():
             yield parameter
             if isinstance(part := getattr(parameter, "ds_tensor", None), Tensor):

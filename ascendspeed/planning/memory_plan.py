@@ -1,8 +1,12 @@
 """Memory of a run on every rank that differs: first, middle and last pipeline stage."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from ascendspeed.config.schema import ParallelConfig, Run
 from ascendspeed.distributed.device import Device
@@ -87,12 +91,28 @@ def builder(device: Device, kernels: Kernels) -> Any:
         if not run.parallel.deepspeed:
             from ascendspeed.training.engines.megatron import MegatronEngine
 
-            return MegatronEngine(run, grid, device, kernels, None)
+            return MegatronEngine(run, grid, device, kernels, quantized_base(run))
         from ascendspeed.training.engines import without_idle_zero
         from ascendspeed.training.engines.deepspeed import DeepSpeedEngine
         from ascendspeed.training.engines.deepspeed_config import ds_config
 
         run = without_idle_zero(run, grid)
-        return DeepSpeedEngine(run, grid, device, ds_config(run, grid.world), kernels, None)
+        config = ds_config(run, grid.world)
+        return DeepSpeedEngine(run, grid, device, config, kernels, quantized_base(run))
 
     return build
+
+
+def quantized_base(run: Run) -> Iterator[tuple[str, Tensor]] | None:
+    """Undefined weights, which the engine quantises as those of a file; None if the run quantises nothing.
+
+    They occupy no memory, as the files of a real run are mapped.
+    """
+    if run.lora.quantization_bit is None:
+        return None
+    from ascendspeed.models.gpt import gpt_model
+    from ascendspeed.models.gpt.layer_spec import DTYPES
+
+    dtype = DTYPES[run.optim.dtype]
+    specs = gpt_model.shard_specs(run.model, run.parallel, run.lora)
+    return ((name, torch.zeros(1, dtype=dtype).expand(spec.shape)) for name, spec in specs.items())

@@ -129,6 +129,17 @@ def test_smoothing_and_ticks():
     assert svg_chart.draw_chart("x", [svg_chart.Series("", [(1, float("nan"))])]) == ""
 
 
+def test_a_constant_curve_is_in_the_middle():
+    def heights(*values):
+        drawn = svg_chart.draw_chart("x", [svg_chart.Series("", list(enumerate(values)))])
+        return [float(y) for y in re.findall(r"[\d.]+,([\d.]+)", drawn)]
+
+    top, bottom = svg_chart.TOP, svg_chart.HEIGHT - svg_chart.BOTTOM
+    assert heights(3.0, 3.0) == [(top + bottom) / 2] * 2
+    assert heights(0.0, 0.0) == [(top + bottom) / 2] * 2
+    assert heights(3.0, 4.0) == [bottom, top]  # control
+
+
 def browser(url: str, folder, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [CHROMIUM, *QUIET.split(), f"--user-data-dir={folder}", *flags, url],

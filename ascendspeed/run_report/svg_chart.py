@@ -66,7 +66,7 @@ def draw_chart(title: str, series: Sequence[Series], unit: str = "") -> str:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Maps values to pixels."""
+    """Maps values to pixels; a single value of all points is in the middle of the height."""
 
     x_low: float
     x_high: float
@@ -78,7 +78,8 @@ class _Frame:
         return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
 
     def y(self, value: float) -> float:
-        share = (value - self.y_low) / ((self.y_high - self.y_low) or 1)
+        height = self.y_high - self.y_low
+        share = (value - self.y_low) / height if height else 0.5
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
 

@@ -218,7 +218,7 @@ def wide_help() -> Iterator[None]:
 
 SCRIPTS = [
     path.relative_to(ROOT).as_posix()
-    for folder in ("tools", "tasks", "benchmarks")
+    for folder in ("tools", "tasks", "examples", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if "__main__" in path.read_text()
 ]

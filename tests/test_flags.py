@@ -27,6 +27,7 @@ from ascendspeed.config.schema import (
     alias,
 )
 from ascendspeed.utils.errors import EXIT_USER_ERROR, UserError
+from ascendspeed.utils.run_record import ROOT
 
 
 @dataclass(frozen=True)
@@ -215,15 +216,20 @@ def commands():
     return flag_reference.read_commands()
 
 
-def test_the_reference_is_up_to_date(commands):
+@pytest.fixture(scope="module")
+def scripts():
+    return flag_reference.read_scripts()
+
+
+def test_the_reference_is_up_to_date(commands, scripts):
     """Mended by `python -m ascendspeed.commands.flag_reference`."""
     for language in flag_reference.LANGUAGES:
         page = flag_reference.ROOT / "docs" / language.file
-        assert page.read_text() == flag_reference.page(language, commands), language.file
+        assert page.read_text() == flag_reference.page(language, commands, scripts), language.file
 
 
 def test_every_flag_of_every_command_is_listed(commands):
-    listed = set(re.findall(r"`(--[\w-]+)`", flag_reference.page(ENGLISH, commands)))
+    listed = set(re.findall(r"`(--[\w-]+)`", flag_reference.page(ENGLISH, commands, [])))
     for flags in commands:
         expected = set(parser.spellings(options_class(flags.command)))
         rows = {name for group in flags.groups for row in group.rows for name in row.names}
@@ -233,12 +239,31 @@ def test_every_flag_of_every_command_is_listed(commands):
         assert {name for name in expected - positional if not name.startswith("--no-")} <= listed & rows
 
 
+def test_every_script_is_a_command_or_listed(scripts):
+    """Every Python file with a program is a front of a command, or has its flags in the reference."""
+    files = [path for folder in ("tools", "tasks", "examples") for path in (ROOT / folder).rglob("*.py")]
+    programs = {str(path.relative_to(ROOT)): path.read_text() for path in files}
+    programs = {name: text for name, text in programs.items() if "__main__" in text}
+    fronts = {
+        name for name, text in programs.items() if re.search(r"from ascendspeed.commands.\w+ import", text)
+    }
+    assert programs.keys() - fronts == {script.path for script, _ in scripts}
+    page = flag_reference.page(ENGLISH, [], scripts)
+    for script, groups in scripts:
+        section = page.partition(f"### {script.path}\n")[2].partition("\n###")[0]
+        assert "| `" in section, script.path
+        rows = {name for group in groups for row in group.rows for name in row.names}
+        positional = [name for name in rows if not name.startswith("--")]
+        unlisted = set(parser.spellings(script.options, pairs=False)) - rows
+        assert len(unlisted) == len(positional), script.path
+
+
 def test_control_a_changed_help_changes_the_reference(commands):
     first = commands[0]
     group = first.groups[0]
     changed = replace(group, rows=(replace(group.rows[0], help="Other."), *group.rows[1:]))
     other = [replace(first, groups=(changed, *first.groups[1:])), *commands[1:]]
-    assert flag_reference.page(ENGLISH, other) != flag_reference.page(ENGLISH, commands)
+    assert flag_reference.page(ENGLISH, other, []) != flag_reference.page(ENGLISH, commands, [])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Reference of every flag, `docs/flags.md` and `docs/flags_zh.md`, from the parsers that print `--help`.
+"""Reference of every flag of commands and scripts, `docs/flags.md` and `docs/flags_zh.md`, from the parsers
+that print `--help`.
 
 python -m ascendspeed.commands.flag_reference
 """
@@ -14,6 +15,7 @@ import tyro
 
 from ascendspeed.cli.config_file import reading as config_file
 from ascendspeed.commands.intern import Subcommand, available, options_class
+from ascendspeed.commands.script_flags import Script, scripts
 from ascendspeed.utils import errors
 from ascendspeed.utils.atomic import write_file
 from ascendspeed.utils.errors import UserError
@@ -50,14 +52,17 @@ class Language:
     repeated: str
     """Refers to an earlier table."""
     no_flags: str
+    scripts: str
+    """Heading of the scripts that are no command."""
+    about_scripts: str
 
 
 ENGLISH = Language(
     file="flags.md",
     title="Flag reference",
     switch="[简体中文](flags_zh.md) | **English**",
-    introduction="""Every flag of every command of [`intern`](intern.md), as `--help` prints it.
-This page is written by `python -m ascendspeed.commands.flag_reference`, from the dataclasses that
+    introduction="""Every flag of every command of [`intern`](intern.md) and of the other scripts, as `--help`
+prints it. This page is written by `python -m ascendspeed.commands.flag_reference`, from the dataclasses that
 hold the parsed flags.
 
 Hyphens and underscores are equivalent, and so are `--tp 2` and `--tp=2`. `...` means several values.
@@ -75,12 +80,14 @@ A flag without a value is a switch, and a `--no-verify` beside `--verify` turns 
     superset="All flags of [`intern {other}`](#intern-{other}), and these:",
     repeated="The table of [intern {other}: {group}](#intern-{other}-{group}).",
     no_flags="It has no flags.",
+    scripts="Scripts",
+    about_scripts="Scripts that are no command of `intern`; the other ones are fronts of a command.",
 )
 CHINESE = Language(
     file="flags_zh.md",
     title="参数大全",
     switch="**简体中文** | [English](flags.md)",
-    introduction="""[`intern`](intern_zh.md) 每个命令的全部参数，与 `--help` 的输出一致。
+    introduction="""[`intern`](intern_zh.md) 每个命令以及其他脚本的全部参数，与 `--help` 的输出一致。
 本页由 `python -m ascendspeed.commands.flag_reference` 根据定义命令行的 dataclass 生成。
 参数说明没有译文，保留英文。
 
@@ -111,6 +118,8 @@ CHINESE = Language(
     superset="包含 [`intern {other}`](#intern-{other}) 的全部参数，另外还有：",
     repeated="见 [intern {other}: {group}](#intern-{other}-{group}) 的表格。",
     no_flags="没有参数。",
+    scripts="脚本",
+    about_scripts="以下脚本不属于 `intern` 的命令；仓库中的其他脚本只是某个命令的入口。",
 )
 LANGUAGES = (ENGLISH, CHINESE)
 
@@ -152,12 +161,24 @@ def read_commands() -> list[CommandFlags]:
     return [_read(command) for command in available()]
 
 
+def read_scripts() -> list[tuple[Script, tuple[FlagGroup, ...]]]:
+    """Returns the scripts that are no command, and their flags."""
+    return [(script, _groups(script.options)) for script in scripts()]
+
+
 def _read(command: Subcommand) -> CommandFlags:
     cls = options_class(command)
+    others = ["--nproc"] if command.ranks else []
+    others += [config_file.CONFIG, config_file.DUMP] if _reads_config(command, cls) else []
+    return CommandFlags(command, _groups(cls), tuple(others))
+
+
+def _groups(cls: Any) -> tuple[FlagGroup, ...]:
+    """Flags of a dataclass, by nested dataclass."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # tyro has no other access to its parser
         parser = tyro.extras.get_parser(cls, config=(tyro.conf.OmitArgPrefixes,))
-    groups = []
+    groups: list[FlagGroup] = []
     for group in parser._action_groups:
         rows = tuple(_row(action) for action in group._group_actions if HELP not in action.option_strings)
         name = (group.title or "").removesuffix("options").removesuffix("positional arguments").strip()
@@ -165,9 +186,7 @@ def _read(command: Subcommand) -> CommandFlags:
             groups[-1] = FlagGroup(name, groups[-1].summary, groups[-1].rows + rows)
         elif rows:
             groups.append(FlagGroup(name, " ".join((group.description or "").split()), rows))
-    others = ["--nproc"] if command.ranks else []
-    others += [config_file.CONFIG, config_file.DUMP] if _reads_config(command, cls) else []
-    return CommandFlags(command, tuple(groups), tuple(others))
+    return tuple(groups)
 
 
 def _reads_config(command: Subcommand, cls: type) -> bool:
@@ -196,12 +215,24 @@ def _value(metavar: str) -> str:
     return f"{text}{', ' if ', ' in text else ' '}..." if several else text
 
 
-def page(language: Language, commands: list[CommandFlags]) -> str:
-    """Returns the page in a language."""
+def page(
+    language: Language,
+    commands: list[CommandFlags],
+    others: list[tuple[Script, tuple[FlagGroup, ...]]],
+) -> str:
+    """Returns the page in a language. `others`: `read_scripts`."""
     lines = [f"# {language.title}", "", language.switch, "", language.introduction]
     seen: dict[FlagGroup, str] = {}
     for flags in commands:
         lines += ["", *_section(language, flags, commands, seen)]
+    lines += ["", f"## {language.scripts}", "", language.about_scripts]
+    for script, groups in others:
+        lines += ["", f"### {script.path}", "", f"{escaped(script.summary)}."]
+        for group in groups:
+            if group in seen:
+                lines += ["", language.repeated.format(other=seen[group], group=group.name)]
+            else:
+                lines += ["", *([f"**{group.name}**", ""] if group.name else []), *_table(language, group)]
     return "\n".join(lines) + "\n"
 
 
@@ -269,8 +300,8 @@ def escaped(text: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Returns file -> contents, of every language."""
-    commands = read_commands()
-    return {ROOT / "docs" / language.file: page(language, commands) for language in LANGUAGES}
+    commands, others = read_commands(), read_scripts()
+    return {ROOT / "docs" / language.file: page(language, commands, others) for language in LANGUAGES}
 
 
 def main() -> None:

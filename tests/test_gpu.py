@@ -7,6 +7,7 @@ import test_segments as segments
 import torch
 from helpers import launch, oracle
 from helpers.engines import DATA_SEED, MODEL, RUN, STEPS, changes, worst
+from helpers.packed_attention import flat_attention
 
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.distributed import device, fused_kernels
@@ -135,7 +136,7 @@ def test_the_kernel_for_documents_gives_the_values_and_gradients_of_all_scores_m
         out = call(*given)
         return [out.detach(), *torch.autograd.grad(out, given, gradient.to(dtype))]
 
-    exact = values(lambda *qkv: segments.flat_attention(*(x.cpu() for x in qkv), ends).cuda(), torch.float64)
+    exact = values(lambda *qkv: flat_attention(*(x.cpu() for x in qkv), ends).cuda(), torch.float64)
     actual, sdpa = (
         values(lambda *qkv: kernel.call(*qkv, bounds), torch.bfloat16),
         values(by_sdpa, torch.bfloat16),

@@ -35,13 +35,14 @@ def main(record: RunRecord | None = None) -> int:
 
     # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
     from ascendspeed.config.schema import to_dict
-    from ascendspeed.distributed import fused_kernels, onednn, process_groups
+    from ascendspeed.distributed import process_groups
     from ascendspeed.planning import auto_recompute
     from ascendspeed.run_report.page import RunPage
     from ascendspeed.training import (
         data_setup,
         engines,
         input_record,
+        kernel_choice,
         loop,
         profiling,
         reference,
@@ -63,22 +64,9 @@ def main(record: RunRecord | None = None) -> int:
         ) as log,
         RunMonitor(run, grid) as watch,
     ):
-        kernels = fused_kernels.select_kernels(
-            device,
-            rms_norm=run.train.use_fused_rmsnorm,
-            rotary=run.train.use_fused_rotary_pos_emb,
-            swiglu=run.train.mlp_layer_fusion,
-            varlen=run.optim.dtype != "fp32"
-            and not run.train.attention_dropout
-            and not run.train.deterministic
-            and run.parallel.context_parallel_size == 1,
-            weight_gradient=run.optim.bf16 and not run.train.no_gradient_accumulation_fusion,
-            products=onednn.Products.of_training(run),
-            triton=run.train.triton_kernels,
-        )
+        kernels = kernel_choice.select(run, device)
         logger.info(f"device: {device.kind} ({device.name}), {device.backend}; {grid}")
-        masters = "; masters: bf16 weights and 16 bits" if run.optim.store_param_remainders else ""
-        logger.info(f"kernels: {kernels}; attention: torch SDPA{masters}")
+        logger.info(f"kernels: {kernel_choice.describe(run, kernels)}")
         if run.train.deterministic:
             logger.info("deterministic: fixed order of sums; an operation without such a kernel is an error")
         for note in notes:
@@ -116,10 +104,13 @@ def dry_run(run: Run, notes: Sequence[str]) -> int:
     choice = run.train.device
     on_cpu = choice == "cpu" or (choice == "auto" and devices.choose(choice) == "cpu")
     device = devices.prepare("cpu")
+    from ascendspeed.distributed import layer_compiler
     from ascendspeed.planning import rehearsal
 
     if on_cpu:
         check_device_precision(run.optim.fp16, device)
+        if run.train.compile:
+            layer_compiler.choose(run, device)
     for note in notes:
         logger.info(f"note: {note}")
     rehearsal.rehearse(run, world_size(), device, "cpu" if on_cpu else "accelerator")

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ascendspeed.distributed import onednn
 from ascendspeed.distributed.device import Device, SequenceBounds, fused_kernel
+from ascendspeed.distributed.layer_compiler import LayerCompiler
 from ascendspeed.distributed.triton_kernels import selection
 
 NO_KERNEL = "torch (no fused kernel is installed for this device)"
@@ -108,6 +109,8 @@ class Kernels:
     weight_gradient: Callable[[Tensor, Tensor, Tensor], None] | None = None
     """Adds the weight gradient of a linear to its fp32 sum: x [n, k], gradient of the output [n, m], sum [m,
     k]; None: the product is rounded to the number format of the weights and added afterwards."""
+    layer_compiler: LayerCompiler | None = None
+    """Compiles the transformer layers; None: they run as they are written."""
     sources: tuple[tuple[str, str], ...] = (("rms_norm", "torch"), ("rotary", "torch"), ("swiglu", "torch"))
 
     def __str__(self) -> str:
@@ -125,7 +128,8 @@ def select_kernels(
     `products`: chooses between torch and oneDNN for `linear`; collective. `triton`: --triton-kernels, whose
     kernels come before others. Example: `select_kernels(device, rms_norm=True, rotary=False)`.
     """
-    kernels, problem = selection.select(device, triton)
+    triton_kernels, problem = selection.select(device, triton)
+    kernels: dict[str, Any] = {**triton_kernels}
     sources = dict.fromkeys(kernels, "triton")
     for operation, is_enabled in enabled.items():
         if operation in kernels:

@@ -7,6 +7,7 @@ A run with --deepspeed uses the DeepSpeed engine, others Megatron-core's. Cases 
 "weight_gradient": a factor; linears add that multiple of their weight gradient to its fp32 sum themselves,
 "data": safetensors with the fields of a `Batch`, each [steps, samples, s] (else the oracle's random batches),
 "restore": a step before which "load" is loaded again, "sizes": samples of every batch (else all),
+"compile": the backend of torch.compile for the layers,
 "evaluate": also the loss of batch 0 before training, "onednn": oneDNN computes the products of the linears,
 adds the curve "case: products" [[their number, null]], "break": a deliberate mistake,
 "poison": a step; two are inserted before it: NaN gradients on one rank, and no supervised tokens}.
@@ -42,6 +43,7 @@ def main() -> None:
     from ascendspeed.config import lr_schedule
     from ascendspeed.data.dataset import Batch
     from ascendspeed.distributed import fused_kernels, process_groups
+    from ascendspeed.distributed.layer_compiler import LayerCompiler
     from ascendspeed.models.param_mapping import random_tensors
     from helpers import oracle
 
@@ -104,6 +106,8 @@ def main() -> None:
             without_documents()
         linear = CountedLinear(case.get("break"))
         kernels = replace(fused, linear=linear) if case.get("onednn") else fused
+        if compiler := case.get("compile"):
+            kernels = replace(kernels, layer_compiler=LayerCompiler(compiler))
         if factor := case.get("weight_gradient"):
             kernels = replace(kernels, weight_gradient=partial(add_weight_gradient, factor))
         if run.parallel.deepspeed:
@@ -148,7 +152,8 @@ def main() -> None:
         del engine
         gc.collect()
     # Neither engine, nor a family, needs torch's compiler, which takes seconds to load.
-    assert "torch._inductor.compile_fx" not in sys.modules
+    compiles = any("compile" in case for case in job["cases"].values())
+    assert compiles or "torch._inductor.compile_fx" not in sys.modules
     if grid.rank == 0:
         Path(job["out"]).write_text(json.dumps(curves))
     process_groups.destroy()

@@ -132,6 +132,12 @@ class TrainConfig:
     no_gradient_accumulation_fusion: bool = False
     """Add weight gradients to their fp32 sums in a pass of their own, not in the product that makes them
     (bf16 on CUDA)."""
+    compile: bool = False
+    """Compile the transformer layers by torch.compile, each as one graph, at TP 1: fewer passes over memory
+    between the matrix products, after a minute or so at the start. On a CPU it needs g++."""
+    compile_activation_memory_budget: float | None = None
+    """Share of a compiled layer's activations that its backward pass may keep, above 0 up to 1; the cheapest
+    of the others are recomputed. None: torch's choice, which is 1."""
     profile: bool = False
     """Trace a few iterations with torch.profiler, into profile in --log-dir, with a summary of the time by
     kind."""

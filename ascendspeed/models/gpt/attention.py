@@ -45,6 +45,8 @@ class RotaryAttention(MegatronModule):
         self.group = pg_collection.cp
         self.share = SequenceShard(self.group.rank(), self.group.size())
         self.exchanges_heads = self.share.size > 1 and cp_comm_type == "a2a"
+        self.packed_attention: Any = None
+        """Operation for packed sequences in a compiled layer (`compiled_layers.packed_attention`)."""
 
     def forward(
         self,
@@ -93,6 +95,8 @@ class RotaryAttention(MegatronModule):
         """Causal attention of the queries in `share`, [s / n, b, heads, d], to all keys and values [s, b,
         groups, d] -> [s / n, b, heads, d]."""
         dropout = self.dropout if self.training else 0.0
+        if packed is not None and torch.compiler.is_compiling():
+            return self.packed_attention(query, key, value, packed.positions, self.scale)
         if packed is not None and share.size == 1 and self._can_use_varlen_kernel(query, dropout):
             q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
             out = self.config.kernels.varlen(q, k, v, packed.bounds(q.device))

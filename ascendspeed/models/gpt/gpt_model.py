@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig, padded_vocab_size
 from ascendspeed.models import param_mapping
+from ascendspeed.models.gpt import compiled_layers
 from ascendspeed.models.gpt.cross_entropy import cross_entropy
 from ascendspeed.models.gpt.layer_spec import GPTConfig, NormHead, block_spec
 from ascendspeed.models.gpt.linear import ColumnLinear, InferenceLinear
@@ -84,6 +85,8 @@ def build_model(
         gpt.output_layer.register_forward_hook(_MaskPadding(model.vocab_size, first))
     if lora and lora.lora_rank:
         adapters.attach(gpt, model, lora)
+    if config.kernels.layer_compiler:
+        compiled_layers.compile_layers(gpt, config.kernels.layer_compiler)
     return gpt
 
 

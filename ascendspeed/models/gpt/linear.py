@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from ascendspeed.distributed import fused_kernels
 from ascendspeed.models import int8, nf4, quantized_weight
@@ -158,6 +159,8 @@ class ColumnLinear(InferenceLinear, ColumnParallelLinear):
 
         `weight` [out / TP, h] replaces the layer's own.
         """
+        if torch.compiler.is_compiling():
+            return _traced_linear(self, input_, self.weight if weight is None else weight)
         if torch.is_grad_enabled() or _needs_megatron_forward(self):
             return super().forward(input_, weight, runtime_gather_output)
         out = self.multiply(input_, self.weight if weight is None else weight)
@@ -178,6 +181,8 @@ class RowLinear(InferenceLinear, RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """input_ [..., in / TP] -> ([..., h], bias that the caller must add)."""
+        if torch.compiler.is_compiling():
+            return _traced_linear(self, input_, self.weight)
         if torch.is_grad_enabled() or _needs_megatron_forward(self) or not self.input_is_parallel:
             return super().forward(input_)
         out = self.multiply(input_, self.weight)
@@ -196,6 +201,22 @@ class RowLinear(InferenceLinear, RowParallelLinear):
 def _needs_megatron_forward(linear: ColumnLinear | RowLinear) -> bool:
     """True if the linear communicates in more ways than one sum or gather."""
     return linear.sequence_parallel or linear.explicit_expert_comm
+
+
+def _traced_linear(
+    linear: ColumnLinear | RowLinear, x: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Forward pass of a linear in a compiled layer, which only a single tensor-parallel rank has:
+    Megatron-core's own would divide the graph of the layer.
+
+    x [..., k], weight [n, k] -> ([..., n], bias that the caller must add).
+    """
+    product, bias = linear.config.kernels.linear, None if linear.skip_bias_add else linear.bias
+    if linear.weight_scale is None and product is fused_kernels.linear:
+        out = F.linear(x, weight, bias)
+    else:
+        out = KernelLinear.apply(x, weight, bias, product, False, False, None, linear.weight_scale)
+    return out, linear.bias if linear.skip_bias_add else None
 
 
 def _kernel_linear(

@@ -1,0 +1,44 @@
+"""Selects the kernels of a training run from its flags, and names them for the log."""
+
+from dataclasses import replace
+
+from ascendspeed.config.schema import Run
+from ascendspeed.distributed import fused_kernels, layer_compiler, onednn
+from ascendspeed.distributed.device import Device
+from ascendspeed.distributed.fused_kernels import Kernels
+
+
+def select(run: Run, device: Device) -> Kernels:
+    """The kernels of a run. Collective on a CPU.
+
+    Raises `UserError` if --compile has no compiler here.
+    """
+    compiler, text = layer_compiler.choose(run, device) if run.train.compile else (None, "")
+    kernels = fused_kernels.select_kernels(
+        device,
+        rms_norm=run.train.use_fused_rmsnorm,
+        rotary=run.train.use_fused_rotary_pos_emb,
+        swiglu=run.train.mlp_layer_fusion,
+        varlen=run.optim.dtype != "fp32"
+        and not run.train.attention_dropout
+        and not run.train.deterministic
+        and run.parallel.context_parallel_size == 1
+        and compiler is None,
+        # A compiled layer has its own products.
+        weight_gradient=run.optim.bf16 and not run.train.no_gradient_accumulation_fusion and compiler is None,
+        products=onednn.Products.of_training(run),
+        triton=run.train.triton_kernels if compiler is None else _without_auto(run.train.triton_kernels),
+    )
+    layers = (("layers", text),) if text else ()
+    return replace(kernels, layer_compiler=compiler, sources=(*kernels.sources, *layers))
+
+
+def _without_auto(triton: tuple[str, ...]) -> tuple[str, ...]:
+    """--triton-kernels of compiled layers, which have fused operations of their own."""
+    return ("off",) if triton == ("auto",) else triton
+
+
+def describe(run: Run, kernels: Kernels) -> str:
+    """Text of the line `kernels:` of the log."""
+    masters = "; masters: bf16 weights and 16 bits" if run.optim.store_param_remainders else ""
+    return f"{kernels}; attention: torch SDPA{masters}"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from first_run_triton import triton
 from gpu_first_run import START_PART
 
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
@@ -208,7 +209,7 @@ def attention(part: Part) -> None:
                 except RuntimeError as error:
                     rows.append([b, name, f"none: {str(error)[:60]}", "", ""])
                     continue
-                forward, backward = _forward_backward(
+                forward, backward = forward_backward(
                     part,
                     lambda x=inputs: F.scaled_dot_product_attention(*x, is_causal=True),
                     inputs,
@@ -219,7 +220,7 @@ def attention(part: Part) -> None:
             rows.append([b, name, *(f"{rate:.3g}" for rate in rates)])
 
 
-def _forward_backward(part: Part, call: Call, inputs: list[Any], gradient: Any) -> tuple[float, float]:
+def forward_backward(part: Part, call: Call, inputs: list[Any], gradient: Any) -> tuple[float, float]:
     """Seconds of the forward pass, and of the backward pass as the difference to both."""
     forward = part.seconds(call)
     both = part.seconds(lambda: part.torch.autograd.grad(call(), inputs, gradient))
@@ -252,7 +253,7 @@ def pointwise(part: Part) -> None:
             *([(fused.source, fused.call)] if fused else []),
         ]:
             gradient = torch.randn_like(call(kernel, x))
-            forward, backward = _forward_backward(
+            forward, backward = forward_backward(
                 part, lambda call=call, kernel=kernel, x=x: call(kernel, x), [x], gradient
             )
             moved = passes * x.numel() * x.element_size()
@@ -311,7 +312,7 @@ def step_of(
         )
         grid = process_groups.initialize(here, run.parallel, run.train.seed)
         fused = {"rms_norm": dtype == "bf16", "swiglu": dtype == "bf16", "weight_gradient": case.fused_sums}
-        kernels = fused_kernels.select_kernels(here, **fused)
+        kernels = fused_kernels.select_kernels(here, triton=("auto",), **fused)
         built = engines.engine_builder(run, grid, here, kernels)(_weights(model, here))
     generator = torch.Generator().manual_seed(0)
     batches = []
@@ -394,7 +395,9 @@ def trace(part: Part) -> None:
 
 # ---------------------------------------------------------------- processes
 
-PARTS = {function.__name__: function for function in (right, gemm, engine, attention, pointwise, trace)}
+PARTS = {
+    function.__name__: function for function in (right, gemm, triton, engine, attention, pointwise, trace)
+}
 CHILDREN: dict[str, Callable[[devices.Device, str], list[Any]]] = {"losses": losses, "step": step}
 
 

@@ -116,3 +116,14 @@ def test_deepspeeds_file_is_checked_without_a_launcher(tmp_path):
     assert "gradient_cliping" in done.stderr
     (tmp_path / "ds.json").write_text('{"gradient_clipping": 1.0}')
     assert "dry run: everything was found" in starts.must("pretrain_intern.py", *flags)
+
+
+@pytest.mark.parametrize(("words", "noted"), [([], True), (["--model", "internlm-tiny"], False)])
+def test_the_default_architecture_is_named(words, noted, tmp_path, monkeypatch):
+    """A forgotten --model would train a 7B with random weights without a word."""
+    from ascendspeed.commands import train
+
+    (tmp_path / "data.idx").touch()
+    monkeypatch.setattr("sys.argv", ["x", "--data-path", str(tmp_path / "data"), "--dry-run", *words])
+    monkeypatch.setattr(train, "dry_run", lambda run, notes: notes)
+    assert ("neither --model nor --load is given: the model is internlm-7b" in train.main()) == noted

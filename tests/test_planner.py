@@ -97,7 +97,7 @@ def test_adapters_are_no_model(tmp_path):
 
 def test_the_default_architecture_is_named():
     """A plan of nothing in particular says whose it is; a --load that is not there yet needs --model."""
-    note = "neither --model nor --load is given: the plan is for internlm-7b"
+    note = "neither --model nor --load is given: the model is internlm-7b"
     assert note in command.resolve([])[2]
     tiny = ["--model", "internlm-tiny"]
     for words in (tiny, ["--num-layers", "2"], [*tiny, "--load", "absent"]):

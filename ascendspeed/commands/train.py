@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ascendspeed.cli.command import check_device_precision, world_size
+from ascendspeed.cli.default_model import note_of_default_model
 from ascendspeed.cli.train_args import check_inputs, parse, resolve_line
 from ascendspeed.config.schema import Run
 from ascendspeed.utils import errors
@@ -20,6 +21,7 @@ def main(record: RunRecord | None = None) -> int:
     record = record or RunRecord(sys.argv)
     line = parse(sys.argv[1:])
     run, notes = resolve_line(line, world_size())
+    notes = [*note_of_default_model(line), *notes]
     check_inputs(run)
     tasks = None
     if run.train.eval_tasks:

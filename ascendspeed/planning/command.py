@@ -12,13 +12,13 @@ from tyro.conf import FlagCreatePairsOff
 from ascendspeed.cli import command, parser
 from ascendspeed.cli.command import CommandLine
 from ascendspeed.cli.compat import TRAIN
-from ascendspeed.cli.train_args import DEFAULT_MODEL, TrainCommand, find_model, resolve_line
-from ascendspeed.config.schema import ModelConfig, Run
+from ascendspeed.cli.default_model import note_of_default_model
+from ascendspeed.cli.train_args import TrainCommand, find_model, resolve_line
+from ascendspeed.config.schema import Run
 from ascendspeed.planning.device_table import rates_of
 from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-MODEL_FIELDS = frozenset(f.name for f in fields(ModelConfig))
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ def resolve(args: Sequence[str]) -> tuple[PlanOptions, Run, list[str]]:
     _check(plan)
     run, notes = resolve_line(line, plan.devices)
     check_supported(run)
-    return plan, run, [*_default_note(line), *_batch_note(line, run), *notes]
+    return plan, run, [*note_of_default_model(line), *_batch_note(line, run), *notes]
 
 
 def resolve_base(args: Sequence[str]) -> tuple[Run, frozenset[str]]:
     """Returns the run that `args` describe for any number of devices, and the fields that they set."""
     line = _parse(args)
-    for note in _default_note(line):
+    for note in note_of_default_model(line):
         logger.info(f"note: {note}")
     run, _ = resolve_line(line, None)
     check_supported(run)
@@ -101,13 +101,6 @@ def _check_load(name: str | None, load: str | None) -> None:
             "no config.json or run.json of an intact checkpoint" if Path(load).is_dir() else "no such folder"
         )
         raise UserError(f"--load {load}: {reason}, so the architecture is unknown; give --model NAME")
-
-
-def _default_note(line: CommandLine[PlanCommand]) -> list[str]:
-    """Names the architecture if nothing on the command line does."""
-    options = line.options
-    is_given = options.preset.model or options.train.load or MODEL_FIELDS & line.typed
-    return [] if is_given else [f"neither --model nor --load is given: the plan is for {DEFAULT_MODEL}"]
 
 
 def _batch_note(line: CommandLine[PlanCommand], run: Run) -> list[str]:

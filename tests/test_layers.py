@@ -68,7 +68,8 @@ MEGATRON = {
     "data",
 }
 DEVICE_WORDS = {
-    "distributed.device": "the only file that names a device",
+    "distributed.device": "whatever depends on the kind of device",
+    "distributed.inference_kernels": "its kernels of inference",
     "config.schema.choices": "the choices of --device",
     "commands.doctor_checks.devices": "their drivers and libraries in `intern doctor`",
 }

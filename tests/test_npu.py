@@ -145,14 +145,14 @@ def work(tmp_path_factory) -> Path:
     return folder
 
 
-def train(work: Path, name: str, *flags: object) -> list[float]:
+def train(work: Path, name: str, *flags: object, save: str = "ckpt") -> list[float]:
     """Trains on the stand-in with the recipes' kernels; returns the losses of the log."""
     launch.must(
         *(WORKER, "pretrain_intern.py", "--device", "npu", "--distributed-backend", "nccl", "--bf16"),
         *("--model", "internlm-tiny", "--num-layers", 2, "--vocab-size", 512, "--seq-length", 64),
         *("--micro-batch-size", 2, "--global-batch-size", 4, "--lr", "5e-3", "--min-lr", "5e-4"),
         *("--use-fused-rmsnorm", "--use-fused-rotary-pos-emb", "--mlp-layer-fusion", "--split", "100,0,0"),
-        *("--data-path", work / "data", "--log-dir", work / name, "--save", work / "ckpt", *flags),
+        *("--data-path", work / "data", "--log-dir", work / name, "--save", work / save, *flags),
     )
     return [line.loss for line in read_lines(work / name / "train.log") if isinstance(line, TrainLine)]
 
@@ -191,3 +191,18 @@ def test_commands_train_resume_generate_and_evaluate(work, tmp_path, monkeypatch
     assert answers["npu"] == answers["cpu"]
     assert scores["npu"] == scores["cpu"]
     assert scores["npu"]
+
+
+@pytest.mark.slow
+def test_kernels_of_inference_are_called(work, tmp_path, monkeypatch):
+    train(work, "served", "--train-iters", 2, save="served-ckpt")
+    calls = {}
+    for name, flags in {"lookup": ("--lookup", 2), "w8a16": ("--quantize", "w8a16")}.items():
+        monkeypatch.setenv("NPU_STANDIN_LOG", str(tmp_path / name))
+        generate = ("tasks/inference/generate.py", "--prompt", "Document 7", "--max-new-tokens", 8)
+        load = ("--load", work / "served-ckpt", "--tokenizer-name-or-path", work / "tokenizer")
+        launch.must(WORKER, *generate, "--device", "npu", "--bf16", *load, *flags)
+        calls[name] = (tmp_path / name).read_text().split("\n")
+    assert "torch_npu.npu_fused_infer_attention_score" in calls["lookup"]
+    assert "torch_npu.npu_weight_quant_batchmatmul" in calls["w8a16"]
+    assert "torch_npu.npu_weight_quant_batchmatmul" not in calls["lookup"]

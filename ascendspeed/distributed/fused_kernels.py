@@ -1,15 +1,16 @@
 """Operations with optional fused kernels: plain torch, or the device's own kernel if a flag enables it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ascendspeed.distributed import onednn
+from ascendspeed.distributed import inference_kernels, onednn
 from ascendspeed.distributed.device import Device, SequenceBounds, fused_kernel
+from ascendspeed.distributed.inference_kernels import Int8Linear, PagedAttention
 from ascendspeed.distributed.layer_compiler import LayerCompiler
 from ascendspeed.distributed.triton_kernels import selection
 
@@ -111,6 +112,10 @@ class Kernels:
     k]; None: the product is rounded to the number format of the weights and added afterwards."""
     layer_compiler: LayerCompiler | None = None
     """Compiles the transformer layers; None: they run as they are written."""
+    paged: PagedAttention | None = None
+    """Attention over a paged cache; None: keys are gathered for torch's SDPA."""
+    int8_linear: Int8Linear | None = None
+    """Product with an int8 weight; None: `int8.linear` chooses."""
     sources: tuple[tuple[str, str], ...] = (("rms_norm", "torch"), ("rotary", "torch"), ("swiglu", "torch"))
 
     def __str__(self) -> str:
@@ -151,3 +156,17 @@ def select_kernels(
         if product:
             kernels |= {"linear": product, "pack_weight": onednn.pack}
     return Kernels(**kernels, sources=tuple(sources.items()))
+
+
+def with_inference_kernels(kernels: Kernels, device: Device, dtype: str) -> Kernels:
+    """Adds the device's kernels of inference, which take bf16 and fp16; the others stay."""
+    if dtype == "fp32":
+        return kernels
+    paged, source = inference_kernels.paged_attention(device.kind, device.torch)
+    int8_linear = inference_kernels.int8_linear(device.kind)
+    sources = [*kernels.sources]
+    if source:
+        sources.append(("paged attention", source))
+    if int8_linear:
+        sources.append(("int8 product", int8_linear.source))
+    return replace(kernels, paged=paged, int8_linear=int8_linear, sources=tuple(sources))

@@ -9,7 +9,6 @@ from ascendspeed.inference.serving.paged_engine import EngineSettings, Generated
 from ascendspeed.inference.serving.request import Events, RequestParams, Submission
 from ascendspeed.utils.errors import UserError
 
-BLOCK_SIZE = 32
 StopCallback = Callable[[int, int], bool]
 """(index of the prompt, new token) -> True if its sequence ends with this token. Called on every rank."""
 
@@ -33,11 +32,12 @@ def generate(
         return
     max_running = min(max_running, len(prompts))
     longest = max(len(prompt) for prompt in prompts) + params.max_new_tokens
-    blocks = max_running * (-(-longest // BLOCK_SIZE) + 1)
-    settings = EngineSettings(blocks, BLOCK_SIZE, PREFILL_CHUNK, max_running)
+    size = model.paged_block_size
+    blocks = max_running * (-(-longest // size) + 1)
+    settings = EngineSettings(blocks, size, PREFILL_CHUNK, max_running)
     try:
         engine = PagedEngine(model, settings)
-        engine.apply(Events(submissions=_submissions(prompts, params)))
+        engine.apply(Events(submissions=_submissions(prompts, params, size)))
         scores = [0.0] * len(prompts)
         while not engine.scheduler.is_idle:
             stopped = []
@@ -62,7 +62,9 @@ def _end_reason(result: GeneratedToken, stop_callback: StopCallback) -> str | No
     return result.reason
 
 
-def _submissions(prompts: Sequence[Sequence[int]], params: SamplingParams) -> tuple[Submission, ...]:
+def _submissions(
+    prompts: Sequence[Sequence[int]], params: SamplingParams, block_size: int
+) -> tuple[Submission, ...]:
     """Returns a request per prompt, sorted by tokens. A request with a common prefix of at least one block
     waits until the first prompt with this prefix is in the cache."""
     submissions: list[Submission] = []
@@ -70,8 +72,8 @@ def _submissions(prompts: Sequence[Sequence[int]], params: SamplingParams) -> tu
     leader: int | None = None
     for number in order:
         prompt = list(prompts[number])
-        shares = leader is not None and prompt[:BLOCK_SIZE] == list(prompts[leader][:BLOCK_SIZE])
-        shares = shares and len(prompt) > BLOCK_SIZE
+        shares = leader is not None and prompt[:block_size] == list(prompts[leader][:block_size])
+        shares = shares and len(prompt) > block_size
         leader = leader if shares else number
         submissions.append(
             Submission(number, prompt, RequestParams(params, number), leader if shares else None)

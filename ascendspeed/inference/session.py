@@ -84,6 +84,7 @@ class ModelSession:
             swiglu=args.mlp_layer_fusion,
             products=Products.of_inference(args.cpu_linear, args.dtype, self.config, args.layout),
         )
+        kernels = fused_kernels.with_inference_kernels(kernels, self.device, args.dtype)
         model = engine.load(
             self.source,
             parallel=args.layout,

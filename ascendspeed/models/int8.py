@@ -32,13 +32,22 @@ def dequantize(numbers: Tensor, scale: Tensor) -> Tensor:
     return numbers.to(scale.dtype) * scale
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    product: Callable[[Tensor, Tensor], Tensor],
+    kernel: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """x [..., k], weight int8 [n, k], scale [n, 1] -> x (weight x scale)^T [..., n].
 
-    A few rows in bf16 on a CPU go to torch's int8 kernel, which reads half the bytes; others to `product`
-    (x, weight) with the weight in the type of x. In fp32 torch's kernel is a scalar loop.
+    The device's own `kernel` comes first (`Kernels.int8_linear`). A few rows in bf16 on a CPU go to torch's
+    int8 kernel, which reads half the bytes; others to `product` (x, weight) with the weight in the type of x.
+    In fp32 torch's kernel is a scalar loop.
     """
     rows = x.reshape(-1, x.size(-1))
+    if kernel is not None and rows.size(0):
+        return kernel(rows, weight, scale[:, 0]).view(*x.shape[:-1], weight.size(0))
     if _fits_kernel(rows, weight):
         out = torch._weight_int8pack_mm(rows.contiguous(), weight, scale[:, 0])
         return out.view(*x.shape[:-1], weight.size(0))

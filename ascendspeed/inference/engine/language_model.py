@@ -36,6 +36,8 @@ from ascendspeed.models.gpt.tree_kv_cache import Segment, TreeKVCache
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import first_line
 
+BLOCK_SIZE = 32
+"""Tokens of a block of the paged cache where the device has no kernel with a size of its own."""
 PREFILL_CHUNK = 2048
 """Tokens of a row per forward pass of prefill: activations take the memory of one chunk for any prompt
 length."""
@@ -92,6 +94,12 @@ class LanguageModel:
             ) from error
         self.cache.set_rope_lengths(lengths)
         return self.cache
+
+    @property
+    def paged_block_size(self) -> int:
+        """Tokens of a block of the paged cache: the size of the device's kernel, if it has one."""
+        kernel = self.gpt.config.kernels.paged
+        return max(BLOCK_SIZE, kernel.block_multiple) if kernel else BLOCK_SIZE
 
     def allocate_paged_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         """Allocates a paged cache for the passes of `forward_paged`. Raises `CacheOutOfMemory`."""

@@ -40,8 +40,8 @@ class ServeArgs:
     """Most tokens of a prompt with its answer; None: the trained context, or what the cache holds."""
     cache_memory: float = 2.0
     """GiB of keys and values on each rank."""
-    block_size: int = 32
-    """Tokens of a block of the cache."""
+    block_size: int | None = None
+    """Tokens of a block of the cache; None: the size of the device's kernel, else 32."""
     max_num_seqs: int = 32
     """Most sequences that are generated at a time."""
     max_num_batched_tokens: int = 256

@@ -9,7 +9,6 @@ from ascendspeed.inference.serving.paged_engine import EngineSettings, Generated
 from ascendspeed.inference.serving.request import Events, RequestParams, Submission
 from ascendspeed.utils.errors import UserError
 
-BLOCK_SIZE = 32
 TOKEN_BUDGET = 2048
 
 
@@ -30,10 +29,9 @@ def sample_with_lookup(
     assert not params.is_random
     assert params.num_beams == params.num_return_sequences == 1
     longest = [len(prompt) + params.max_new_tokens for prompt in prompts]
-    blocks = sum(-(-length // BLOCK_SIZE) for length in longest)
-    settings = EngineSettings(
-        blocks, BLOCK_SIZE, TOKEN_BUDGET, len(prompts), share_prefixes=False, lookup=lookup
-    )
+    size = model.paged_block_size
+    blocks = sum(-(-length // size) for length in longest)
+    settings = EngineSettings(blocks, size, TOKEN_BUDGET, len(prompts), share_prefixes=False, lookup=lookup)
     try:
         engine = PagedEngine(model, settings)
         requests = [

@@ -130,16 +130,23 @@ def _listen(session: Session, serve: ServeArgs) -> socket.socket | None:
 def _settings(session: Session, serve: ServeArgs) -> EngineSettings:
     """Returns the sizes of the cache: as many blocks as fit into --cache-memory. Raises `UserError`."""
     model = session.model
-    block_bytes = model.cache_bytes_per_token * serve.block_size
+    block_size = serve.block_size or model.paged_block_size
+    kernel = model.gpt.config.kernels.paged
+    if kernel and block_size % kernel.block_multiple:
+        raise UserError(
+            f"--block-size {block_size}: {kernel.source} takes multiples of {kernel.block_multiple}; "
+            "leave it out"
+        )
+    block_bytes = model.cache_bytes_per_token * block_size
     num_blocks = int(serve.cache_memory * 2**30 // block_bytes)
     if num_blocks < 1:
         raise UserError(
-            f"--cache-memory {serve.cache_memory} GiB does not hold one block of {serve.block_size} tokens "
+            f"--cache-memory {serve.cache_memory} GiB does not hold one block of {block_size} tokens "
             f"({block_bytes / 2**20:.1f} MiB)"
         )
     return EngineSettings(
         num_blocks,
-        serve.block_size,
+        block_size,
         serve.max_num_batched_tokens,
         serve.max_num_seqs,
         serve.prefix_caching,

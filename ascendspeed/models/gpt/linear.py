@@ -112,7 +112,9 @@ class InferenceLinear(torch.nn.Module):
             return self.config.kernels.linear(x, weight)
         if quantized_weight.is_nf4(weight):
             return self.config.kernels.linear(x, nf4.dequantize(weight, self.weight_scale, x.dtype))
-        return int8.linear(x, weight, self.weight_scale, self.config.kernels.linear)
+        kernels = self.config.kernels
+        own = kernels.int8_linear.kernel if kernels.int8_linear else None
+        return int8.linear(x, weight, self.weight_scale, kernels.linear, own)
 
     @torch.no_grad()
     def set_int8_weight(self, weight: Tensor) -> None:

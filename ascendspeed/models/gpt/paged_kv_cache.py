@@ -9,8 +9,9 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn import functional as F
 
+from ascendspeed.distributed.inference_kernels import PagedAttention, PagedBatch
 from ascendspeed.models.gpt.attention import attend, attend_with_normalizer, join_attention
-from ascendspeed.models.gpt.int8_cache import CacheTensor, allocate
+from ascendspeed.models.gpt.int8_cache import CacheTensor, allocate, stored_tensors
 from ascendspeed.models.gpt.rope import Rope
 
 GATHER_BYTES = 2 << 20
@@ -65,8 +66,9 @@ class _DecodeGroup:
 class PagedKVCache:
     """Keys and values of every layer of this rank, [groups / TP, blocks, block size, d] each, allocated once.
 
-    It takes the place of `KVCache` in `LanguageModel`. The tokens of a pass are one row of a batch of 1,
-    sequence after sequence; `begin_pass` says which tokens of which sequences they are.
+    If a kernel of the device reads the cache, its memory is [blocks, block size, groups / TP, d]. It takes
+    the place of `KVCache` in `LanguageModel`. The tokens of a pass are one row of a batch of 1, sequence
+    after sequence; `begin_pass` says which tokens of which sequences they are.
     """
 
     def __init__(self, gpt: GPTModel, num_blocks: int, block_size: int, is_int8: bool = False) -> None:
@@ -77,15 +79,23 @@ class PagedKVCache:
         self._rotate = config.kernels.rotary
         self.device, self.dtype = next(gpt.parameters()).device, config.params_dtype
         self.layers: dict[int, tuple[CacheTensor, CacheTensor]] = {}
+        kernel: PagedAttention | None = config.kernels.paged
+        fits = kernel and kernel.supports(self.dtype, config.kv_channels, block_size) and not is_int8
+        self._kernel = kernel if fits else None
         widest = 1
         for layer in gpt.decoder.layers:
             groups = layer.self_attention.num_query_groups_per_partition
             shape = (groups, num_blocks, block_size, config.kv_channels)
-            key, value = (allocate(shape, self.dtype, self.device, is_int8) for _ in range(2))
-            self.layers[layer.layer_number] = key, value
+            self.layers[layer.layer_number] = self._allocate(shape, is_int8), self._allocate(shape, is_int8)
             widest = max(widest, groups)
         bytes_per_token = widest * config.kv_channels * self.dtype.itemsize
         self._gather_tokens = max(GATHER_BYTES // bytes_per_token, block_size)
+
+    def _allocate(self, shape: tuple[int, int, int, int], is_int8: bool) -> CacheTensor:
+        if self._kernel is None:
+            return allocate(shape, self.dtype, self.device, is_int8)
+        groups, *blocks, d = shape
+        return torch.zeros(*blocks, groups, d, dtype=self.dtype, device=self.device).permute(2, 0, 1, 3)
 
     def begin_pass(self, slices: Sequence[SequenceSlice]) -> None:
         """Prepares the next forward pass, whose tokens are those of `slices`, one after the other."""
@@ -102,6 +112,11 @@ class PagedKVCache:
         self._blocks = torch.cat(blocks).to(self.device)
         self._offsets = torch.cat(offsets).to(self.device)
         self._prepare_rotary(torch.cat(positions), slices)
+        if self._kernel is not None:
+            used = [part.blocks[: -(-part.end // self.block_size)] for part in slices]
+            counts, lengths = [part.count for part in slices], [part.end for part in slices]
+            self._batch = PagedBatch.of(counts, lengths, used, self.device)
+            return
         decodes = [(start, part) for start, part in zip(starts, slices, strict=True) if _is_decode(part)]
         prefixes, others = self._shared_prefixes(decodes)
         self._prefixes, self._groups = prefixes, self._decode_groups(others)
@@ -188,6 +203,11 @@ class PagedKVCache:
         query, key = self._rotate(query, self._cos, self._sin), self._rotate(key, self._cos, self._sin)
         keys[:, self._blocks, self._offsets] = key[:, 0].transpose(0, 1)
         values[:, self._blocks, self._offsets] = value[:, 0].transpose(0, 1)
+        if self._kernel is not None:
+            k, v = (
+                tensor.permute(1, 2, 0, 3) for cached in (keys, values) for tensor in stored_tensors(cached)
+            )
+            return self._kernel(query[:, 0], k, v, self._batch, scale).flatten(1)[:, None]
         out = torch.empty_like(query[:, 0])
         for prefix in self._prefixes:
             out[prefix.tokens] = self._attend_prefix(prefix, query[prefix.tokens, 0], keys, values, scale)

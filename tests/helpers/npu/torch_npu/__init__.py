@@ -92,3 +92,53 @@ def npu_fusion_attention(
         parts.append(attend(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1))
         start = end
     return (torch.cat(parts),)
+
+
+def npu_fused_infer_attention_score(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    atten_mask: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    input_layout: str,
+    actual_seq_lengths: list[int],
+    actual_seq_lengths_kv: list[int],
+    num_heads: int,
+    num_key_value_heads: int,
+    scale: float,
+    sparse_mode: int,
+) -> tuple[torch.Tensor, ...]:
+    """Attention [tokens, heads, d] over keys [blocks, block size, groups * d], causal from the last key."""
+    _check("npu_fused_infer_attention_score", query, key, value)
+    if input_layout != "TND" or sparse_mode != 3 or query.dtype == torch.float32:
+        raise NotImplementedError("the stand-in has TND with sparse_mode 3 in half precision only")
+    if atten_mask.shape != (2048, 2048) or block_size % 128 or block_size != key.size(1):
+        raise RuntimeError("npu_fused_infer_attention_score: mask of [2048, 2048], blocks of 128")
+    if block_table.dtype != torch.int32 or actual_seq_lengths[-1] != len(query):
+        raise RuntimeError("npu_fused_infer_attention_score: an int32 table, and the ends of the queries")
+    parts, start = [], 0
+    for row, (end, length) in enumerate(zip(actual_seq_lengths, actual_seq_lengths_kv, strict=True)):
+        count = end - start
+        pages = block_table[row, : -(-length // block_size)].long()
+        k, v = (
+            cached[pages].flatten(0, 1)[:length].unflatten(1, (num_key_value_heads, -1)).transpose(0, 1)[None]
+            for cached in (key, value)
+        )
+        q = query[start:end].view(count, num_heads, -1).transpose(0, 1)[None]
+        visible = torch.ones(count, length, dtype=torch.bool).tril(length - count)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        parts.append(attend(q, k, v, visible, scale=scale, enable_gqa=True)[0].transpose(0, 1))
+        start = end
+    return torch.cat(parts), torch.empty(0)
+
+
+def npu_weight_quant_batchmatmul(
+    x: torch.Tensor, weight: torch.Tensor, antiquant_scale: torch.Tensor
+) -> torch.Tensor:
+    """x [m, k] · (weight int8 [k, n] · scale [n])."""
+    _check("npu_weight_quant_batchmatmul", x, antiquant_scale)
+    if weight.dtype != torch.int8 or x.dim() != 2 or weight.dim() != 2 or x.dtype == torch.float32:
+        raise RuntimeError("npu_weight_quant_batchmatmul: half precision [m, k] and int8 [k, n]")
+    return x @ weight.to(x.dtype) * antiquant_scale

@@ -219,6 +219,18 @@ def attention(part: Part) -> None:
             rates = [flops / forward / 1e12, 2.5 * flops / backward / 1e12, layers]
             rows.append([b, name, *(f"{rate:.3g}" for rate in rates)])
 
+    _chosen_backend(part)
+
+
+def _chosen_backend(part: Part) -> None:
+    """Times and choice of --sdpa-backend auto for a micro-batch of the model."""
+    from ascendspeed.distributed import sdpa_backend
+
+    heads, d, s = (2, 64, 64) if part.is_dry else (32, 128, 2048)
+    shape = sdpa_backend.AttentionShape(1, s, heads, heads, d, part.torch.bfloat16)
+    name, times = sdpa_backend.measure(shape, part.here)
+    part.table("--sdpa-backend auto", "choice", "log").append([name or "default", times.strip(" ,")])
+
 
 def forward_backward(part: Part, call: Call, inputs: list[Any], gradient: Any) -> tuple[float, float]:
     """Seconds of the forward pass, and of the backward pass as the difference to both."""

@@ -78,6 +78,11 @@ class Device:
         return self.kind == "cuda"
 
     @property
+    def has_sdpa_backends(self) -> bool:
+        """True if torch's attention has several fused backends to choose from."""
+        return self.kind == "cuda"
+
+    @property
     def reduces_fp64(self) -> bool:
         """True if the device's collectives can sum fp64; hccl refuses it before Ascend 950."""
         return self.kind != "npu"

@@ -3,15 +3,15 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import Run
-from ascendspeed.distributed import fused_kernels, layer_compiler, onednn
+from ascendspeed.distributed import fused_kernels, layer_compiler, onednn, sdpa_backend
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
 
 
 def select(run: Run, device: Device) -> Kernels:
-    """The kernels of a run. Collective on a CPU.
+    """The kernels of a run. Collective.
 
-    Raises `UserError` if --compile has no compiler here.
+    Raises `UserError` if --compile has no compiler here, or if --sdpa-backend names what does not run.
     """
     compiler, text = layer_compiler.choose(run, device) if run.train.compile else (None, "")
     kernels = fused_kernels.select_kernels(
@@ -29,8 +29,9 @@ def select(run: Run, device: Device) -> Kernels:
         products=onednn.Products.of_training(run),
         triton=run.train.triton_kernels if compiler is None else _without_auto(run.train.triton_kernels),
     )
-    layers = (("layers", text),) if text else ()
-    return replace(kernels, layer_compiler=compiler, sources=(*kernels.sources, *layers))
+    backend, attention = sdpa_backend.choose(run, device)
+    sources = dict(kernels.sources) | ({"layers": text} if text else {}) | {"attention": attention}
+    return replace(kernels, sdpa_backend=backend, layer_compiler=compiler, sources=tuple(sources.items()))
 
 
 def _without_auto(triton: tuple[str, ...]) -> tuple[str, ...]:
@@ -41,4 +42,4 @@ def _without_auto(triton: tuple[str, ...]) -> tuple[str, ...]:
 def describe(run: Run, kernels: Kernels) -> str:
     """Text of the line `kernels:` of the log."""
     masters = "; masters: bf16 weights and 16 bits" if run.optim.store_param_remainders else ""
-    return f"{kernels}; attention: torch SDPA{masters}"
+    return f"{kernels}{masters}"

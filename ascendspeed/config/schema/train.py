@@ -132,6 +132,9 @@ class TrainConfig:
     no_gradient_accumulation_fusion: bool = False
     """Add weight gradients to their fp32 sums in a pass of their own, not in the product that makes them
     (bf16 on CUDA)."""
+    sdpa_backend: Literal["auto", "default", "flash", "cudnn", "efficient", "math"] = "default"
+    """Backend of torch's attention on CUDA: default is torch's choice; auto measures flash, cudnn and
+    efficient at the start, for the shape of the run, and takes the fastest, alike on all ranks."""
     compile: bool = False
     """Compile the transformer layers by torch.compile, each as one graph, at TP 1: fewer passes over memory
     between the matrix products, after a minute or so at the start. On a CPU it needs g++."""

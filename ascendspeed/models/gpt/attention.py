@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ascendspeed.distributed import sdpa_backend
 from ascendspeed.models.gpt.context_parallel import gather_sequence, heads_to_sequence, sequence_to_heads
 from ascendspeed.models.gpt.packed_sequences import PackedSequences
 from ascendspeed.models.gpt.sequence_shard import WHOLE_SEQUENCE, SequenceShard
@@ -106,7 +107,8 @@ class RotaryAttention(MegatronModule):
         # has already forked the random state, and a second fork would make a recomputed pass draw other masks
         # than the first.
         with (
-            get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else nullcontext()
+            get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else nullcontext(),
+            sdpa_backend.context(self.config.kernels.sdpa_backend),
         ):
             if packed is None:
                 firsts = share.chunk_starts(len(key))

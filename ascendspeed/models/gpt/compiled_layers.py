@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ascendspeed.distributed import sdpa_backend
 from ascendspeed.distributed.layer_compiler import LayerCompiler
 from ascendspeed.models.gpt.attention import attend_packed
 from ascendspeed.models.gpt.packed_sequences import PackedSequences, packed_sequences_of
@@ -22,8 +23,9 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 def compile_layers(gpt: Any, compiler: LayerCompiler) -> None:
     """Lets torch compile the layers of a model, which has its adapters."""
     assert gpt.config.tensor_model_parallel_size == 1  # `linear._traced_linear` does not communicate
+    attention = packed_attention(gpt.config.kernels.sdpa_backend)
     for layer in gpt.decoder.layers:
-        layer.self_attention.core_attention.packed_attention = packed_attention()
+        layer.self_attention.core_attention.packed_attention = attention
         compiler.compile(layer)
     gpt.decoder.register_forward_pre_hook(_prepare, with_kwargs=True)
 
@@ -41,17 +43,18 @@ def _prepare(decoder: Any, inputs: tuple[Tensor | None, ...], settings: dict[str
 
 
 @functools.cache
-def packed_attention() -> Any:
+def packed_attention(backend: str | None = None) -> Any:
     """Registers attention within packed sequences as an operation of torch.
 
     Its arguments: query [s, b, heads, d], key and value [s, b, groups, d], position ids [b, s] on the CPU,
-    scale. The backward pass computes the attention again.
+    scale. `backend`: that of torch's attention. The backward pass computes the attention again.
     """
-    name = "ascendspeed::packed_attention"
+    name = f"ascendspeed::packed_attention_{backend or 'default'}"
 
     def attend(packed: PackedSequences, scale: float | None, *qkv: Tensor) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in qkv)
-        return attend_packed(packed, q, k, v, scale=scale).permute(2, 0, 1, 3).contiguous()
+        with sdpa_backend.context(backend):
+            return attend_packed(packed, q, k, v, scale=scale).permute(2, 0, 1, 3).contiguous()
 
     def forward(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float | None) -> Tensor:
         return attend(_packed_of(positions), scale, query, key, value)

@@ -49,8 +49,11 @@ _MEGATRON = (
     ),
     (
         "layers are Megatron-core's own, without Transformer Engine",
-        "--transformer-impl --use-mcore-models --use-legacy-models --spec --fp8-format --fp8-recipe "
-        "--fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo --tp-comm-overlap",
+        "--transformer-impl --use-mcore-models --use-legacy-models --spec --tp-comm-overlap",
+    ),
+    (
+        "products in fp8 are those of --fp8-format, with a scale for each tensor that is computed anew",
+        "--fp8-recipe --fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo --fp8-param-gather",
     ),
     (
         "fused kernels are chosen by --use-fused-rmsnorm, --use-fused-rotary-pos-emb and --mlp-layer-fusion",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from ascendspeed.cli.command import check_precision
-from ascendspeed.cli.kernel_checks import check_compile, check_triton
+from ascendspeed.cli.kernel_checks import check_compile, check_fp8, check_triton
 from ascendspeed.cli.observation_checks import check_eval_tasks, check_profile
 from ascendspeed.cli.optimizer_checks import check_muon, check_safeguards, check_split_masters
 from ascendspeed.cli.parser import flag_of
@@ -107,6 +107,7 @@ def check_run(run: Run, world: int | None) -> None:
     check_profile(run.train)
     check_triton(run.train)
     check_compile(run)
+    check_fp8(run)
     check_eval_tasks(run, world)
     if world is not None:
         _check_world(run, world)

@@ -83,6 +83,11 @@ class Device:
         return self.kind == "cuda"
 
     @property
+    def has_fp8_products(self) -> bool:
+        """True if the device multiplies matrices in fp8."""
+        return self.kind == "cuda" and torch.cuda.get_device_capability(self.index) >= (8, 9)
+
+    @property
     def reduces_fp64(self) -> bool:
         """True if the device's collectives can sum fp64; hccl refuses it before Ascend 950."""
         return self.kind != "npu"

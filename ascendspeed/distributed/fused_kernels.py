@@ -110,6 +110,9 @@ class Kernels:
     weight_gradient: Callable[[Tensor, Tensor, Tensor], None] | None = None
     """Adds the weight gradient of a linear to its fp32 sum: x [n, k], gradient of the output [n, m], sum [m,
     k]; None: the product is rounded to the number format of the weights and added afterwards."""
+    fp8_product: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Product of the linears of compiled layers, with its gradients: x [..., k], weight [n, k] -> [..., n];
+    None: that of `linear`."""
     sdpa_backend: str | None = None
     """Backend of torch's attention (`sdpa_backend.BACKENDS`); None: torch's choice."""
     layer_compiler: LayerCompiler | None = None

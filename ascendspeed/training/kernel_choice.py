@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import Run
-from ascendspeed.distributed import fused_kernels, layer_compiler, onednn, sdpa_backend
+from ascendspeed.distributed import fp8, fused_kernels, layer_compiler, onednn, sdpa_backend
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
 
@@ -11,7 +11,7 @@ from ascendspeed.distributed.fused_kernels import Kernels
 def select(run: Run, device: Device) -> Kernels:
     """The kernels of a run. Collective.
 
-    Raises `UserError` if --compile has no compiler here, or if --sdpa-backend names what does not run.
+    Raises `UserError` for what --compile, --sdpa-backend or --fp8-format name and this machine lacks.
     """
     compiler, text = layer_compiler.choose(run, device) if run.train.compile else (None, "")
     kernels = fused_kernels.select_kernels(
@@ -30,8 +30,16 @@ def select(run: Run, device: Device) -> Kernels:
         triton=run.train.triton_kernels if compiler is None else _without_auto(run.train.triton_kernels),
     )
     backend, attention = sdpa_backend.choose(run, device)
-    sources = dict(kernels.sources) | ({"layers": text} if text else {}) | {"attention": attention}
-    return replace(kernels, sdpa_backend=backend, layer_compiler=compiler, sources=tuple(sources.items()))
+    fp8_product, fp8_text = fp8.choose(run, device)
+    named = {"layers": text, "linears of the layers": fp8_text, "attention": attention}
+    sources = dict(kernels.sources) | {name: source for name, source in named.items() if source}
+    return replace(
+        kernels,
+        fp8_product=fp8_product,
+        sdpa_backend=backend,
+        layer_compiler=compiler,
+        sources=tuple(sources.items()),
+    )
 
 
 def _without_auto(triton: tuple[str, ...]) -> tuple[str, ...]:

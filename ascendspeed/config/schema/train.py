@@ -141,6 +141,9 @@ class TrainConfig:
     compile_activation_memory_budget: float | None = None
     """Share of a compiled layer's activations that its backward pass may keep, above 0 up to 1; the cheapest
     of the others are recomputed. None: torch's choice, which is 1."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """Products of the linears of compiled layers in fp8, by torchao, with a scale for each tensor: hybrid has
+    gradients in e5m2 and the rest in e4m3. Needs --bf16, --compile and a GPU of compute capability 8.9."""
     profile: bool = False
     """Trace a few iterations with torch.profiler, into profile in --log-dir, with a summary of the time by
     kind."""

@@ -213,8 +213,12 @@ def _traced_linear(
 
     x [..., k], weight [n, k] -> ([..., n], bias that the caller must add).
     """
-    product, bias = linear.config.kernels.linear, None if linear.skip_bias_add else linear.bias
-    if linear.weight_scale is None and product is fused_kernels.linear:
+    kernels, bias = linear.config.kernels, None if linear.skip_bias_add else linear.bias
+    product = kernels.linear
+    if kernels.fp8_product is not None:
+        out = kernels.fp8_product(x, weight)
+        out = out if bias is None else out + bias
+    elif linear.weight_scale is None and product is fused_kernels.linear:
         out = F.linear(x, weight, bias)
     else:
         out = KernelLinear.apply(x, weight, bias, product, False, False, None, linear.weight_scale)

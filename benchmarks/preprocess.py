@@ -197,6 +197,7 @@ def table(times: Times, size: int) -> str:
                 f"{statistics.median(kind(it) / kind(ours) for it, ours in pairs):.2f}"
                 for kind in KINDS.values()
             ]
+            ratios[-1] = f"**{ratios[-1]}**"
             lines.append(f"| {workers} | {arm} | {' | '.join(rates + ratios)} |")
     if len(times) > 1:
         first, *_, last = times

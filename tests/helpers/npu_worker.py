@@ -4,6 +4,7 @@ NPU_STANDIN_LOG names a file for the calls of the process; NPU_STANDIN_BREAK tak
 project: "sums" (fp64 collectives), "types" (names of tensor types), "norm" (ZeRO-3's gradient norm).
 """
 
+import json
 import os
 import runpy
 import sys
@@ -49,4 +50,6 @@ if __name__ == "__main__":
         if os.environ.get("NPU_STANDIN_LOG") and os.environ.get("RANK", "0") == "0":
             import torch_npu
 
-            Path(os.environ["NPU_STANDIN_LOG"]).write_text("\n".join(sorted(torch_npu.CALLS)) + "\n")
+            log = Path(os.environ["NPU_STANDIN_LOG"])
+            log.write_text("\n".join(sorted(torch_npu.CALLS)) + "\n")
+            log.with_suffix(".json").write_text(json.dumps(torch_npu.CALLS))

@@ -24,6 +24,7 @@ from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.distributed import process_groups
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
+from ascendspeed.distributed.inference_kernels import PagedAttention
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models import families
 from ascendspeed.models.gpt import attention, gpt_model
@@ -98,8 +99,13 @@ class LanguageModel:
     @property
     def paged_block_size(self) -> int:
         """Tokens of a block of the paged cache: the size of the device's kernel, if it has one."""
-        kernel = self.gpt.config.kernels.paged
+        kernel = self.paged_kernel
         return max(BLOCK_SIZE, kernel.block_multiple) if kernel else BLOCK_SIZE
+
+    @property
+    def paged_kernel(self) -> PagedAttention | None:
+        """The device's kernel over the paged cache; None for a cache in int8, which it cannot read."""
+        return None if self.has_int8_cache else self.gpt.config.kernels.paged
 
     def allocate_paged_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         """Allocates a paged cache for the passes of `forward_paged`. Raises `CacheOutOfMemory`."""

@@ -131,7 +131,7 @@ def _settings(session: Session, serve: ServeArgs) -> EngineSettings:
     """Returns the sizes of the cache: as many blocks as fit into --cache-memory. Raises `UserError`."""
     model = session.model
     block_size = serve.block_size or model.paged_block_size
-    kernel = model.gpt.config.kernels.paged
+    kernel = model.paged_kernel
     if kernel and block_size % kernel.block_multiple:
         raise UserError(
             f"--block-size {block_size}: {kernel.source} takes multiples of {kernel.block_multiple}; "

@@ -83,6 +83,12 @@ class Device:
         return self.kind == "cuda"
 
     @property
+    def has_graphs(self) -> bool:
+        """True if kernels can be recorded and launched together. Not on an NPU: its kernel over a paged cache
+        takes lengths from Python."""
+        return self.kind == "cuda"
+
+    @property
     def has_fp8_products(self) -> bool:
         """True if the device multiplies matrices in fp8."""
         return self.kind == "cuda" and torch.cuda.get_device_capability(self.index) >= (8, 9)

@@ -17,6 +17,7 @@ from ascendspeed.evaluation.prompt_styles import PromptStyle
 from ascendspeed.evaluation.questions import Benchmark
 from ascendspeed.evaluation.tasks import TASKS, find_style, find_task, load_benchmark
 from ascendspeed.inference.args import EngineArgs, EngineSpec, resolve_engine
+from ascendspeed.inference.graph_checks import check_graph_flags
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 
@@ -48,6 +49,8 @@ class EvaluationArgs:
     compared, not generated."""
     batch_size: int = 16
     """Prompts per batch; another size rounds log-likelihoods differently, by up to 3e-3 in bf16."""
+    cuda_graphs: bool = False
+    """Generate answers with CUDA graphs: see the same flag of the service. Not run on a GPU yet."""
     limit: int | None = None
     """Evaluate only this many questions of each subject, for a trial."""
     allow_code_execution: bool = False
@@ -141,6 +144,13 @@ def build_job(evaluation: EvaluationArgs, engine: Callable[[], EngineSpec]) -> E
             continue
         benchmark = load_benchmark(name, folder, shots[name], evaluation.limit)
         benchmarks.append((benchmark, find_style(evaluation.prompt_style, name, shots[name])))
+    if evaluation.cuda_graphs:
+        check_graph_flags(spec)
+        if not harness and not any(style.until for _, style in benchmarks):
+            raise UserError(
+                f"{flag_of('cuda_graphs')} is for answers that are generated, but those of --task "
+                f"{' '.join(folders)} are compared: leave it out"
+            )
     return EvaluationJob(spec, evaluation, tuple(benchmarks), shots, new_tokens, harness)
 
 

@@ -36,10 +36,16 @@ class EngineBackend:
     """Backend over `ascendspeed.inference.engine`. Collective: every rank makes the same calls."""
 
     def __init__(
-        self, model: Any, tokenizer: Tokenizer, batch_size: int, stop_ids: Sequence[int] | None = None
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        stop_ids: Sequence[int] | None = None,
+        capture: Any = None,
     ) -> None:
-        """`stop_ids`: ids that end a generated answer; None: the tokenizer's EOS."""
-        self.model = model
+        """`stop_ids`: ids that end a generated answer; None: the tokenizer's EOS. `capture`: see
+        `continuous_batching.generate`."""
+        self.model, self.capture = model, capture
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         eos = () if tokenizer.eos is None else (tokenizer.eos,)
@@ -86,7 +92,9 @@ class EngineBackend:
             text, *_ = decode_until_stop(self.tokenizer, completion.tokens, until)
             on_text(number, text)
 
-        continuous_batching.generate(self.model, prompts, params, self.batch_size, is_finished, on_completion)
+        continuous_batching.generate(
+            self.model, prompts, params, self.batch_size, is_finished, on_completion, self.capture
+        )
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
@@ -103,8 +111,11 @@ def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
 
 def run(job: EvaluationJob, device: devices.Device, notes: Sequence[str]) -> None:
     """Loads the model, answers all questions and writes the reports. Raises UserError."""
+    from ascendspeed.inference.serving import decode_graphs
     from ascendspeed.inference.session import Session
 
+    if job.evaluation.cuda_graphs:
+        decode_graphs.check_device(device)
     harness = load_harness_tasks(job)
     session = Session.open(job.spec, device)
     tokenizer = session.tokenizer
@@ -113,7 +124,10 @@ def run(job: EvaluationJob, device: devices.Device, notes: Sequence[str]) -> Non
         logger.info(f"note: {note}")
     max_length = input_length(job, session.config)
     stop_ids = stop_ids_of(job, tokenizer, session.generation_stop_ids)
-    backend = EngineBackend(session.model, tokenizer, job.evaluation.batch_size, stop_ids)
+    model, capture = session.model, None
+    if job.evaluation.cuda_graphs:
+        capture = decode_graphs.open_capture(model, model.paged_block_size)
+    backend = EngineBackend(model, tokenizer, job.evaluation.batch_size, stop_ids, capture)
     sha256 = weights_identity.full_bytes(session.source, session.readers)
     settings = _settings(job, sha256, tokenizer, max_length)
     answers = open_on_all_ranks(Path(job.evaluation.output_dir), settings, session.grid)

@@ -3,6 +3,7 @@ and tokens that prompts have in common pass through the model once."""
 
 from collections.abc import Callable, Sequence
 
+from ascendspeed.distributed.cuda_graphs import Capture
 from ascendspeed.inference.engine import Completion, LanguageModel, SamplingParams
 from ascendspeed.inference.engine.language_model import NAN_MESSAGE, PREFILL_CHUNK
 from ascendspeed.inference.serving.paged_engine import EngineSettings, GeneratedToken, PagedEngine
@@ -20,12 +21,14 @@ def generate(
     max_running: int,
     stop_callback: StopCallback,
     on_completion: Callable[[int, Completion], None],
+    capture: Capture | None = None,
 ) -> None:
     """Calls `on_completion` with the completion of every prompt (ids, not empty), in the order in which they
     end.
 
     At most `max_running` sequences are generated at a time; the cache holds as many of the longest.
-    A completion is that of `sample` with the prompt alone. Collective. Raises `UserError`.
+    A completion is that of `sample` with the prompt alone. `capture`: see `PagedEngine`. Collective. Raises
+    `UserError`.
     """
     params.check()
     if not prompts:
@@ -34,9 +37,9 @@ def generate(
     longest = max(len(prompt) for prompt in prompts) + params.max_new_tokens
     size = model.paged_block_size
     blocks = max_running * (-(-longest // size) + 1)
-    settings = EngineSettings(blocks, size, PREFILL_CHUNK, max_running)
+    settings = EngineSettings(blocks, size, PREFILL_CHUNK, max_running, max_request_tokens=longest)
     try:
-        engine = PagedEngine(model, settings)
+        engine = PagedEngine(model, settings, capture)
         engine.apply(Events(submissions=_submissions(prompts, params, size)))
         scores = [0.0] * len(prompts)
         while not engine.scheduler.is_idle:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ascendspeed.distributed.cuda_graphs import Capture
 from ascendspeed.inference.engine.language_model import LanguageModel
 from ascendspeed.inference.serving import batch_sampler
 from ascendspeed.inference.serving.block_pool import BlockPool
+from ascendspeed.inference.serving.decode_graphs import DecodeGraphs
 from ascendspeed.inference.serving.request import Events, Request, Submission, TokenChoice
 from ascendspeed.inference.serving.scheduler import ScheduledTokens, Scheduler
 from ascendspeed.models.gpt.paged_kv_cache import SequenceSlice
@@ -36,6 +38,8 @@ class EngineSettings:
     """Length that fixes one RoPE base for all requests; None: each prompt's own length."""
     lookup: int = 0
     """Most tokens that prompt lookup proposes at a time for a greedy request; 0: no prompt lookup."""
+    max_request_tokens: int | None = None
+    """Most tokens of prompt and output of one request; None: as many as the cache holds."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,10 @@ class GeneratedToken:
 class PagedEngine:
     """Requests, their scheduler and the paged cache of a model. Collective: same calls on every rank."""
 
-    def __init__(self, model: LanguageModel, settings: EngineSettings) -> None:
+    def __init__(
+        self, model: LanguageModel, settings: EngineSettings, capture: Capture | None = None
+    ) -> None:
+        """`capture`: of `decode_graphs.open_capture`, for graphs of decode passes; None: no graphs."""
         self.model, self.settings = model, settings
         self.pool = BlockPool(settings.num_blocks, settings.block_size)
         self.scheduler = Scheduler(
@@ -63,7 +70,12 @@ class PagedEngine:
         )
         self.requests: dict[int, Request] = {}
         self.steps = 0
-        self.cache = model.allocate_paged_cache(settings.num_blocks, settings.block_size)
+        scratch_blocks = 0 if capture is None else 1
+        self.cache = model.allocate_paged_cache(settings.num_blocks + scratch_blocks, settings.block_size)
+        self.graphs: DecodeGraphs | None = None
+        if capture is not None:
+            most = -(-(settings.max_request_tokens or self.max_tokens) // settings.block_size)
+            self.graphs = DecodeGraphs(model, settings.max_running, most, settings.num_blocks, capture)
         self._frequencies: dict[int, Tensor] = {}
 
     @property
@@ -136,6 +148,8 @@ class PagedEngine:
             else:
                 tokens += request.tokens[first : first + item.count]
             tokens += item.draft
+        if self.graphs is not None and self.graphs.takes(slices):
+            return self.graphs.run(tokens, slices)
         self.cache.begin_pass(slices)
         return self.model.forward_paged(torch.tensor(tokens, device=self.model.device.torch))
 

@@ -12,6 +12,7 @@ from types import FrameType
 import uvicorn
 
 from ascendspeed.distributed.device import Device
+from ascendspeed.inference.serving import decode_graphs
 from ascendspeed.inference.serving.app import create_app
 from ascendspeed.inference.serving.args import ServeArgs, ServeJob
 from ascendspeed.inference.serving.engine_loop import EngineLoop, follow
@@ -61,14 +62,18 @@ class Server(uvicorn.Server):
 def run(job: ServeJob, device: Device, notes: Sequence[str]) -> None:
     """Serves until a signal. Collective. Raises `UserError`."""
     serve = job.serve
+    if serve.cuda_graphs:
+        decode_graphs.check_device(device)
     session = Session.open(job.spec, device, serve.chat_template)
     for note in notes:
         logger.info(f"note: {note}")
     if serve.chat_template:
         session.chat_format  # noqa: B018 - a template that does not fit is an error now, not in every request
     listener = _listen(session, serve)
-    engine = PagedEngine(session.model, _settings(session, serve))
-    limits = _limits(session, job, engine)  # before ranks part: an error ends all of them
+    settings = _settings(session, serve)  # before ranks part: an error ends all of them
+    capture = decode_graphs.open_capture(session.model, settings.block_size) if serve.cuda_graphs else None
+    engine = PagedEngine(session.model, settings, capture)
+    limits = _limits(session, job, settings)
     channel = EventChannel(session.grid)
     if session.grid.rank:
         # Rank 0 ends the others after it has drained.
@@ -139,6 +144,7 @@ def _settings(session: Session, serve: ServeArgs) -> EngineSettings:
         )
     block_bytes = model.cache_bytes_per_token * block_size
     num_blocks = int(serve.cache_memory * 2**30 // block_bytes)
+    num_blocks -= serve.cuda_graphs  # the block of rows without a sequence
     if num_blocks < 1:
         raise UserError(
             f"--cache-memory {serve.cache_memory} GiB does not hold one block of {block_size} tokens "
@@ -152,16 +158,23 @@ def _settings(session: Session, serve: ServeArgs) -> EngineSettings:
         serve.prefix_caching,
         serve.rope_length,
         serve.lookup,
+        _max_request_tokens(session, serve, num_blocks * block_size),
     )
 
 
-def _limits(session: Session, job: ServeJob, engine: PagedEngine) -> ServiceLimits:
-    serve, trained = job.serve, session.config.max_position_embeddings
-    longest = serve.max_model_len or min(trained, engine.max_tokens)
-    if longest > engine.max_tokens:
+def _max_request_tokens(session: Session, serve: ServeArgs, capacity: int) -> int:
+    """Returns the most tokens of a request, of `capacity` in the cache. Raises `UserError`."""
+    longest = serve.max_model_len or min(session.config.max_position_embeddings, capacity)
+    if longest > capacity:
         raise UserError(
-            f"--max-model-len {longest}: the cache holds {engine.max_tokens} tokens; increase --cache-memory"
+            f"--max-model-len {longest}: the cache holds {capacity} tokens; increase --cache-memory"
         )
+    return longest
+
+
+def _limits(session: Session, job: ServeJob, settings: EngineSettings) -> ServiceLimits:
+    serve, longest = job.serve, settings.max_request_tokens
+    assert longest is not None
     session.warn_if_too_long("a prompt", longest)
     return ServiceLimits(
         job.model_name,

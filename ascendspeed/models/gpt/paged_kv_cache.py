@@ -97,6 +97,19 @@ class PagedKVCache:
         groups, *blocks, d = shape
         return torch.zeros(*blocks, groups, d, dtype=self.dtype, device=self.device).permute(2, 0, 1, 3)
 
+    @property
+    def has_kernel(self) -> bool:
+        """True if a kernel of the device reads the cache."""
+        return self._kernel is not None
+
+    def begin_prepared_pass(
+        self, blocks: Tensor, offsets: Tensor, rotary: tuple[Tensor, Tensor], batch: PagedBatch
+    ) -> None:
+        """Prepares the next pass for the device's kernel from tensors on the device: block and offset of the
+        key of every token, and the tables of `rotary_tables`."""
+        self._blocks, self._offsets, self._batch = blocks, offsets, batch
+        self._cos, self._sin = rotary
+
     def begin_pass(self, slices: Sequence[SequenceSlice]) -> None:
         """Prepares the next forward pass, whose tokens are those of `slices`, one after the other."""
         positions, blocks, offsets, starts = [], [], [], []
@@ -111,7 +124,8 @@ class PagedKVCache:
             total += part.count
         self._blocks = torch.cat(blocks).to(self.device)
         self._offsets = torch.cat(offsets).to(self.device)
-        self._prepare_rotary(torch.cat(positions), slices)
+        cos, sin = self.rotary_tables(torch.cat(positions), slices)
+        self._cos, self._sin = cos.to(self.device), sin.to(self.device)
         if self._kernel is not None:
             used = [part.blocks[: -(-part.end // self.block_size)] for part in slices]
             counts, lengths = [part.count for part in slices], [part.end for part in slices]
@@ -126,16 +140,15 @@ class PagedKVCache:
             if not _is_decode(part)
         ]
 
-    def _prepare_rotary(self, positions: Tensor, slices: Sequence[SequenceSlice]) -> None:
-        """Computes cos and sin [tokens, 1, 1, d] of this pass for all layers."""
+    def rotary_tables(self, positions: Tensor, slices: Sequence[SequenceSlice]) -> tuple[Tensor, Tensor]:
+        """Computes cos and sin [tokens, 1, 1, d] of a pass on the host."""
         if all(part.frequencies is slices[0].frequencies for part in slices):
             frequencies = slices[0].frequencies[None]
         else:
             counts = torch.tensor([part.count for part in slices])
             frequencies = torch.stack([part.frequencies for part in slices]).repeat_interleave(counts, 0)
             frequencies = frequencies[:, None]
-        cos, sin = self.rope.cos_sin(positions[:, None].float(), frequencies, self.dtype)
-        self._cos, self._sin = cos.to(self.device), sin.to(self.device)
+        return self.rope.cos_sin(positions[:, None].float(), frequencies, self.dtype)
 
     def _shared_prefixes(
         self, decodes: Sequence[tuple[int, SequenceSlice]]

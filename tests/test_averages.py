@@ -118,6 +118,7 @@ def test_export_beside_the_checkpoint(tmp_path):
         ("--rollback-on-spike 2", "set --save and --save-interval"),
         ("--rollback-on-spike 2 --save x --save-interval 5 --deepspeed --zero-stage 3", "use --zero-stage 0"),
         ("--ema-decay 1", "below 1"),
+        ("--ema-decay 0.9", "--ema-decay 0.9 keeps an average in checkpoints: add --save"),
         ("--ema-decay 0.9 --lora-rank 4", "leave it out for adapters"),
         ("--label-smoothing 1", "below 1"),
         ("--z-loss-coeff -1", "0 or more"),

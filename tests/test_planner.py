@@ -75,6 +75,7 @@ def test_activations_and_logits():
 def test_invalid_options():
     for words, text in (
         (["--devices", "0"], "--devices 0"),
+        (["--devices", "1000003"], "--devices 1000003: a plan counts at most 16,384"),
         (["--device-memory", "0"], "--device-memory 0"),
         (["--deepspeed", "--zero-offload", "cpu"], "planner counts the memory of devices"),
         (["--deepspeed", "--deepspeed_config", "x.json"], "leave the file out"),

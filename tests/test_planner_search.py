@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import launch, tiny_run
+from torch.distributed import GroupMember
 
 from ascendspeed.cli import train_args
 from ascendspeed.config.schema import ParallelConfig
 from ascendspeed.models import estimates
-from ascendspeed.planning import command, report, search
+from ascendspeed.planning import command, fake_world, report, search
 from ascendspeed.planning.device_table import DEVICES, LATENCY, rates_of
 from ascendspeed.planning.links import Group, gather_seconds, reduce_seconds, send_seconds
 from ascendspeed.planning.time_estimate import estimate
@@ -86,6 +87,22 @@ def test_fastest_that_fit():
         assert launcher in search.command_line(fitting[0].candidate, [], devices)  # 12 processes, not 16
     assert [row["peak"] for row in report.search_json(fitting, words.split(), options)] == [60 * 2**30] * 2
     assert "none fits" in report.search_text([], words.split(), options)
+
+
+def test_the_search_does_not_grow_with_the_devices():
+    """Many devices have about as many layouts as a few; a prime number has the fewest."""
+    words = "--model internlm-tiny --bf16 --seq-length 64"
+    few, many, prime = (len(legal(words, devices)) for devices in (16, command.MAX_DEVICES, 16381))
+    assert 0 < prime < min(few, many)
+    assert max(few, many) < 200
+
+
+def test_a_plan_makes_the_groups_of_its_rank_only():
+    made: list[list[int]] = []
+    create = fake_world.own_groups_only(lambda ranks, timeout=None: made.append(ranks) or len(made), 5)
+    answers = [create([rank], timeout=1) for rank in range(1000)] + [create(list(range(1000)))]
+    assert made == [[5], list(range(1000))]
+    assert [answer for answer in answers if answer != GroupMember.NON_GROUP_MEMBER] == [1, 2]
 
 
 def test_words_of_training():

@@ -228,7 +228,8 @@ def test_errors_are_one_line(words, world, message):
         ("--eval-interval 6", "--eval-interval 6: the run ends after 5 iterations"),
         ("--eval-interval 5", None),
         ("--iterations-to-skip 5", "--iterations-to-skip, --skip-batches: 5 is beyond the last iteration, 4"),
-        ("--skip-batches 3-7", None),
+        ("--skip-batches 3-7", "--iterations-to-skip, --skip-batches: 7 is beyond the last iteration, 4"),
+        ("--skip-batches 3-4", None),
     ],
 )
 def test_what_a_short_run_does_not_reach_is_noted(words, note):

@@ -235,6 +235,16 @@ def test_other_paths(server, client, tokens):
         assert json.loads(caught.value.read())["error"]["message"]
 
 
+def test_a_rebound_name_is_403(server):
+    """A request as a browser sends it for a page whose name points to 127.0.0.1."""
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        server.get("/v1/models", {"Host": "rebound.example", "Sec-Fetch-Site": "same-origin"})
+    error = json.loads(caught.value.read())["error"]
+    assert (caught.value.code, error["type"]) == (403, "permission_error")
+    assert "rebound.example" in error["message"]
+    assert server.get("/v1/models", {"Host": "localhost", "Sec-Fetch-Site": "same-origin"})
+
+
 def test_a_client_that_leaves_frees_its_blocks(server, client):
     aborted = 0
     for stream in (True, False):

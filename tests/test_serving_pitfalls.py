@@ -21,7 +21,7 @@ from test_paged_engine import HEAD, run
 from uvicorn.server import ServerState
 
 from ascendspeed.inference.engine import SamplingParams, sample, token_logprobs
-from ascendspeed.inference.serving import app, args
+from ascendspeed.inference.serving import access, app, args
 from ascendspeed.inference.serving.api_error import ApiError
 from ascendspeed.inference.serving.args import ServeArgs
 from ascendspeed.inference.serving.choice_stream import ChoiceStream, parse_function_call
@@ -266,7 +266,34 @@ def answered_status(application, headers, method="POST"):
     ],
 )
 def test_pages_of_other_sites_are_refused(headers, status):
-    assert answered_status(app.BrowserMiddleware(Response()), headers) == status
+    assert answered_status(access.BrowserMiddleware(Response()), headers) == status
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:80", 200),
+        ("127.9.9.9", 200),
+        ("[::1]:80", 200),
+        ("LocalHost:80", 200),
+        ("localhost.", 200),
+        ("chat.localhost", 200),
+        ("own-name:80", 200),  # the --host
+        ("rebound.example", 403),
+        ("localhost.example", 403),
+        ("127.0.0.1.example:80", 403),
+        ("192.0.2.1", 403),
+        ("[::1", 403),
+        ("", 403),
+    ],
+)
+def test_names_that_a_service_without_a_key_answers_to(host, status):
+    guarded = access.guarded(Response(), None, "own-name", "127.0.0.1")
+    assert answered_status(guarded, {"host": host}, "GET") == status
+    anywhere = access.guarded(Response(), None, "0.0.0.0", "0.0.0.0")  # every name may be its own
+    assert answered_status(anywhere, {"host": host}, "GET") == 200
+    with_key = access.guarded(Response(), "key", "own-name", "127.0.0.1")
+    assert answered_status(with_key, {"host": host, "authorization": "Bearer key"}, "GET") == 200
 
 
 @pytest.mark.parametrize(
@@ -274,7 +301,7 @@ def test_pages_of_other_sites_are_refused(headers, status):
     [("Bearer key", 200), ("bearer key", 200), ("Bearer keys", 401), ("key", 401), ("Basic key", 401)],
 )
 def test_forms_of_the_key(value, status):
-    assert answered_status(app.ApiKeyMiddleware(Response(), "key"), {"authorization": value}) == status
+    assert answered_status(access.ApiKeyMiddleware(Response(), "key"), {"authorization": value}) == status
 
 
 @pytest.mark.parametrize(

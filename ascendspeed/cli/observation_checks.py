@@ -57,9 +57,7 @@ def check_profile(train: TrainConfig) -> None:
 
 
 def notes_of_length(train: TrainConfig) -> list[str]:
-    """Notes about flags that have no effect because the run ends before."""
-    if train.train_epochs is not None:
-        return []
+    """Notes about flags that have no effect because the run ends before; its length must be known."""
     end = train.train_iters
     intervals = {name: getattr(train, name) or 0 for name in ("eval_interval", "eval_tasks_interval")}
     notes = [
@@ -67,9 +65,9 @@ def notes_of_length(train: TrainConfig) -> list[str]:
         for name, interval in intervals.items()
         if interval > end
     ]
-    late = [numbers.start for numbers in batch_schedule.skipped_iterations(train) if numbers.start >= end]
+    late = [numbers[-1] for numbers in batch_schedule.skipped_iterations(train) if numbers[-1] >= end]
     if late:
         notes.append(
-            f"--iterations-to-skip, --skip-batches: {late[0]} is beyond the last iteration, {end - 1}"
+            f"--iterations-to-skip, --skip-batches: {max(late)} is beyond the last iteration, {end - 1}"
         )
     return notes

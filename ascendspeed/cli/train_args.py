@@ -11,7 +11,7 @@ from typing import Any
 from tyro.conf import FlagCreatePairsOff
 
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
-from ascendspeed.cli import command, parser, reward_model, validation
+from ascendspeed.cli import command, effect_checks, parser, reward_model, validation
 from ascendspeed.cli.command import CommandLine
 from ascendspeed.cli.compat import TRAIN
 from ascendspeed.cli.config_file import reading as config_file
@@ -112,7 +112,9 @@ def resolve_line(line: CommandLine[Any], world: int | None) -> tuple[Run, list[s
     run = Run(model, parallel, options.optim, _mocked(data), train, lora, options.preference, inputs)
     line.legacy.check(run)
     validation.check_run(run, world)
-    notes += notes_of_length(run.train)
+    notes += effect_checks.check(run, line.typed)
+    if run.train.train_epochs is None:  # otherwise the length follows from the data
+        notes += notes_of_length(run.train)
     if line.dumps:
         config_file.dump(schema.to_dict(run), SECTIONS)
     return run, notes

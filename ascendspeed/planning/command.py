@@ -20,6 +20,10 @@ from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+MAX_DEVICES = 16384
+"""Most devices of a plan: engines loop over the ranks that share optimizer states, and do so on fake tensors
+too."""
+
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -88,8 +92,11 @@ def _parse(args: Sequence[str]) -> CommandLine[PlanCommand]:
         folder = replace(options.train, load=options.preset.model)
         options = replace(options, preset=replace(options.preset, model=None), train=folder)
     _check_load(options.preset.model, options.train.load)
-    if not options.data.data_path:  # a plan needs no data
+    # A plan needs neither data nor a folder for checkpoints.
+    if not options.data.data_path:
         options = replace(options, data=replace(options.data, data_path=("unused",)))
+    if options.train.save is None and options.train.ema_decay is not None:
+        options = replace(options, train=replace(options.train, save="unused"))
     return replace(line, options=options)
 
 
@@ -145,6 +152,8 @@ def _check(plan: PlanOptions) -> None:
         value = getattr(plan, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{parser.flag_of(name)} {value:g} must be above 0")
+    if plan.devices > MAX_DEVICES:
+        raise UserError(f"--devices {plan.devices}: a plan counts at most {MAX_DEVICES:,}")
     rates_of(plan.device_type)
     if plan.search and plan.device_memory is None:
         raise UserError("--search needs --device-memory, the GiB of one device")

@@ -7,7 +7,7 @@ the functions, after `distributed.device.prepare`.
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -77,12 +77,28 @@ def joined(device: Device, parallel: ParallelConfig, world: int, rank: int) -> I
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "1",
     }
-    with patch.dict(os.environ, variables):
+    from megatron.core import parallel_state
+
+    create_group = own_groups_only(parallel_state.create_group, rank)
+    with patch.dict(os.environ, variables), patch.object(parallel_state, "create_group", create_group):
         dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=world)
         try:
             yield process_groups.initialize(device, parallel, seed=1)
         finally:
             process_groups.destroy()
+
+
+def own_groups_only(create_group: Callable[..., Any], rank: int) -> Callable[..., Any]:
+    """Megatron-core's `create_group` without the groups of other ranks.
+
+    Their number grows with the world, and this rank never uses them.
+    """
+
+    def create(ranks: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        is_own = rank in ranks
+        return create_group(ranks, *args, **kwargs) if is_own else dist.GroupMember.NON_GROUP_MEMBER
+
+    return create
 
 
 @contextlib.contextmanager

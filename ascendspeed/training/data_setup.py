@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from ascendspeed.cli.observation_checks import notes_of_length
 from ascendspeed.config import lr_schedule
 from ascendspeed.config.batch_schedule import batch_size_at
 from ascendspeed.config.schema import DataConfig, Run, TrainConfig
@@ -126,7 +127,10 @@ def _with_iterations(run: Run, samples: dataset.BlendedSamples) -> Run:
     count = math.ceil(run.train.train_epochs * len(samples) / run.train.global_batch_size)
     lr_schedule.check(run.optim, count)
     logger.info(f"--train-epochs {run.train.train_epochs:g}: {count} iterations")
-    return replace(run, train=replace(run.train, train_iters=count))
+    run = replace(run, train=replace(run.train, train_iters=count))
+    for note in notes_of_length(run.train):
+        logger.info(f"note: {note}")
+    return run
 
 
 def _log_split(run: Run, name: str, samples: dataset.BlendedSamples, iterations: int) -> None:

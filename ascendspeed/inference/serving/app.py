@@ -1,10 +1,9 @@
-"""The HTTP service: routes, key, limits, and what happens when a client leaves."""
+"""The HTTP service: routes, limits, and what happens when a client leaves."""
 
 import asyncio
-import hmac
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -15,9 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ascendspeed.inference.serving import chat_page, completions, openapi
+from ascendspeed.inference.serving.access import error_response
 from ascendspeed.inference.serving.api_error import ApiError
 from ascendspeed.inference.serving.chat_completions import ChatAnswer, encode_chat
 from ascendspeed.inference.serving.completions import CompletionAnswer
@@ -34,42 +33,7 @@ logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
 """Status that is logged when a client leaves before its answer."""
-FOREIGN_SITES = (b"cross-site", b"same-site")
-"""Values of `Sec-Fetch-Site` with which a browser marks a request of another site's page."""
 DISCONNECT_POLL_SECONDS = 0.1
-OPEN_PATHS = (*openapi.OPEN_PATHS, chat_page.PATH)
-"""Paths that need no key."""
-
-
-class ApiKeyMiddleware:
-    """Requires `Authorization: Bearer KEY` everywhere but on /health and the static page."""
-
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self._app, self._expected = app, api_key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers 401."""
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(key, self._expected):
-                await _error_response(ApiError(401, "the API key is missing or wrong"))(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-class BrowserMiddleware:
-    """Refuses requests of other sites' pages: without a key, a visit there could use the model."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers 403."""
-        if scope["type"] == "http" and scope["method"] == "POST" and _is_from_other_site(scope["headers"]):
-            error = ApiError(403, "a page of another site sent the request; open the service's own page")
-            await _error_response(error)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
 
 
 class Routes:
@@ -233,27 +197,14 @@ async def _unless_client_leaves(request: Request, answer: Awaitable[dict[str, An
         await asyncio.gather(work, departure, return_exceptions=True)
 
 
-def _is_from_other_site(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """True for a request that a browser sends for a page of another site. Programs send neither header."""
-    values = dict(headers)
-    if site := values.get(b"sec-fetch-site"):  # a proxy in front may change Host, but not this
-        return site in FOREIGN_SITES
-    origin = values.get(b"origin")
-    return origin is not None and origin.partition(b"://")[2] != values.get(b"host")
-
-
-def _error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body, error.status, error.headers)
-
-
 async def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _error_response(error)
+    return error_response(error)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error_response(ApiError(error.status_code, f"{request.url.path}: {error.detail}"))
+    return error_response(ApiError(error.status_code, f"{request.url.path}: {error.detail}"))
 
 
 async def _answer_departure(request: Request, error: Exception) -> Response:
@@ -262,13 +213,13 @@ async def _answer_departure(request: Request, error: Exception) -> Response:
 
 
 async def _answer_crash(request: Request, error: Exception) -> Response:
-    return _error_response(ApiError(500, "internal error; see the log of the service"))
+    return error_response(ApiError(500, "internal error; see the log of the service"))
 
 
 def create_app(
-    service: GenerationService, version: str, api_key: str | None, on_start: Callable[[], None]
-) -> ASGIApp:
-    """Returns the ASGI application; `on_start` is called when it takes requests."""
+    service: GenerationService, version: str, has_key: bool, on_start: Callable[[], None]
+) -> Starlette:
+    """Returns the application, without its key; `on_start` is called when it takes requests."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -277,8 +228,8 @@ def create_app(
         yield
         service.engine_loop.stop()
 
-    app = Starlette(
-        routes=Routes(service, version, api_key is not None).table(),
+    return Starlette(
+        routes=Routes(service, version, has_key).table(),
         lifespan=lifespan,
         exception_handlers={
             ApiError: _answer_api_error,
@@ -287,5 +238,3 @@ def create_app(
             Exception: _answer_crash,
         },
     )
-    guarded = BrowserMiddleware(app)
-    return ApiKeyMiddleware(guarded, api_key) if api_key else guarded

@@ -13,6 +13,7 @@ import uvicorn
 
 from ascendspeed.distributed.device import Device
 from ascendspeed.inference.serving import decode_graphs
+from ascendspeed.inference.serving.access import guarded, is_loopback
 from ascendspeed.inference.serving.app import create_app
 from ascendspeed.inference.serving.args import ServeArgs, ServeJob
 from ascendspeed.inference.serving.engine_loop import EngineLoop, follow
@@ -27,7 +28,6 @@ from ascendspeed.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STOP_SECONDS = 30
 """Seconds in which the engine thread must end."""
 
@@ -98,9 +98,9 @@ def _serve(service: GenerationService, job: ServeJob, listener: socket.socket) -
             f"{engine.max_tokens:,} in the cache, {engine.settings.max_running} sequences at a time"
         )
 
-    app = create_app(service, version("ascendspeed"), job.api_key, announce)
+    app = create_app(service, version("ascendspeed"), job.api_key is not None, announce)
     config = uvicorn.Config(
-        app,
+        guarded(app, job.api_key, job.serve.host, host),
         http=HttpProtocol,
         log_level="warning",
         timeout_graceful_shutdown=int(job.serve.drain_seconds),
@@ -124,7 +124,7 @@ def _listen(session: Session, serve: ServeArgs) -> socket.socket | None:
             wrong = "host" if unknown else "port"
             address = f"--host {serve.host} --port {serve.port}"
             raise UserError(f"{address}: {error.strerror or error}; choose another --{wrong}") from None
-        if serve.host not in LOOPBACK:
+        if not is_loopback(sockets[0].getsockname()[0]):
             logger.info(f"note: --host {serve.host}: other machines can reach the service; set an API key")
         return b""
 

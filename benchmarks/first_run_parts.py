@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from first_run_serving import serving
 from first_run_triton import triton
 from gpu_first_run import START_PART
 
@@ -408,7 +409,8 @@ def trace(part: Part) -> None:
 # ---------------------------------------------------------------- processes
 
 PARTS = {
-    function.__name__: function for function in (right, gemm, triton, engine, attention, pointwise, trace)
+    function.__name__: function
+    for function in (right, gemm, triton, engine, serving, attention, pointwise, trace)
 }
 CHILDREN: dict[str, Callable[[devices.Device, str], list[Any]]] = {"losses": losses, "step": step}
 

@@ -293,7 +293,7 @@ def test_rows_of_graphs():
 
 
 def test_calls_of_cuda_graphs(monkeypatch):
-    """torch's functions, by stand-ins: two captures share a pool, and a replay returns the same tensor."""
+    """torch's functions, by stand-ins: graphs share a pool, and a replay returns the same tensor."""
     calls, out = [], torch.ones(2)
 
     @contextlib.contextmanager
@@ -302,16 +302,24 @@ def test_calls_of_cuda_graphs(monkeypatch):
         yield
         calls.append(("end", {}))
 
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    monkeypatch.setattr(
-        torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: calls.append(("replay", {})))
-    )
+    class Graph:
+        def pool(self):
+            return "pool"
+
+        def replay(self):
+            calls.append(("replay", {}))
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     capture = cuda_graphs.open_capture()
     replays = [capture(lambda: calls.append(("function", {})) or out) for _ in range(2)]
     assert replays[0]() is out
-    settings = {"pool": "pool", "capture_error_mode": "thread_local"}
-    assert calls == [("begin", settings), ("function", {}), ("end", {})] * 2 + [("replay", {})]
+    del replays
+    capture(lambda: out)
+    names, pools = zip(*((name, settings.get("pool")) for name, settings in calls), strict=True)
+    assert names == ("begin", "function", "end", "begin", "function", "end", "replay", "begin", "end")
+    assert pools == (None, None, None, "pool", *[None] * 5)  # the last one found no other graph
+    assert calls[0][1]["capture_error_mode"] == "thread_local"
 
 
 def test_graphs_are_refused_where_they_cannot_work(model, monkeypatch):

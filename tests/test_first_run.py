@@ -11,7 +11,10 @@ from helpers import launch
 sys.path.append(str(launch.ROOT / "benchmarks"))
 
 import first_run_parts as parts
+import first_run_serving as serving
 import gpu_first_run as first_run
+
+from ascendspeed.models import int8
 
 
 @pytest.fixture
@@ -48,6 +51,31 @@ def test_a_wrong_loss_ends_the_part(here, monkeypatch):
     monkeypatch.setattr(parts, "_adamw_spread", lambda part: 0.0)
     with pytest.raises(SystemExit, match="wrong: losses of Megatron"):
         parts.right(here)
+
+
+@pytest.mark.parametrize("name", ["attention", "graphs", "product"])
+def test_a_wrong_kernel_of_serving_ends_the_part(here, monkeypatch, name):
+    monkeypatch.setattr(serving, "RUNNING", (3,))
+    monkeypatch.setattr(serving, "ROWS", (8,))
+    gathered, ways, linear = serving.gathered, serving._ways, int8.linear
+    if name == "attention":
+        monkeypatch.setattr(serving, "gathered", lambda *inputs: gathered(*inputs).roll(1, 0))
+        problem = "stand-in with 3 requests"
+    elif name == "graphs":
+        monkeypatch.setattr(
+            serving, "_ways", lambda *_: [replace(way, capture=way.capture and fails) for way in ways(*_)]
+        )
+        problem = "stand-in for graphs with 3 requests"
+    else:
+        monkeypatch.setattr(int8, "linear", lambda *inputs: linear(*inputs) * 1.02)
+        problem = "qkv in int8 with 8 rows; proj in int8 with 8 rows"
+    with pytest.raises(SystemExit, match=f"wrong: {problem}"):
+        parts.serving(here)
+    assert len(here.tables) == 2
+
+
+def fails(function):
+    raise RuntimeError("no capture")
 
 
 def test_the_parts_take_nine_minutes_at_most():

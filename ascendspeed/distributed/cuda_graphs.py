@@ -1,5 +1,6 @@
 """CUDA graphs: kernels of a function are recorded once and launched together afterwards."""
 
+import weakref
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -15,14 +16,16 @@ it is; whatever it reads from tensors is read again by every replay."""
 
 
 def open_capture() -> Capture:
-    """Capture by CUDA graphs that share one memory pool, so that only one of them may run at a time."""
-    pool = torch.cuda.graph_pool_handle()
+    """Capture by CUDA graphs. Those that exist share one memory pool, so only one may run at a time."""
+    captured: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def capture(function: Callable[[], Tensor]) -> Replay:
         graph = torch.cuda.CUDAGraph()
+        pool = next((other.pool() for other in captured), None)  # a pool without graphs cannot be used again
         # thread_local: other threads of the process (a server's) may call the driver meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             out = function()
+        captured.add(graph)
 
         def replay() -> Tensor:
             graph.replay()

@@ -1,6 +1,10 @@
-"""Encoding through the cache of words: ids equal those of sentencepiece, on texts that try to break a cut."""
+"""Encoding by the compiled BPE: ids equal those of sentencepiece, on texts that try to break a cut."""
 
+import inspect
 import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,15 +16,14 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from ascendspeed.data.preprocess import EncoderConfig, preprocess
-from ascendspeed.tokenization import cached_encoder, tokenizer, word_cache
-from ascendspeed.tokenization.cached_encoder import CachedEncoder, Pace
-from ascendspeed.tokenization.text_cuts import NoExactCutsError, TextCuts
-from ascendspeed.tokenization.word_table import WordTable, word_keys
+from ascendspeed.tokenization import compiled_bpe, sentencepiece_encoder, tokenizer
+from ascendspeed.tokenization.sentencepiece_encoder import SentencePieceEncoder
+from ascendspeed.tokenization.text_cuts import NoExactCutsError, read_model
 
 SYMBOLS = ["<|im_end|>", "[UNUSED_1]", "ab ab", "\n\n", "aba"]
 DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 1])
 REAL_ONES = [name for name in ("internlm", "internlm2") if (REAL / name).is_dir()]
-MADE = ["plain", "symbols", "prefix", "unused", "spaces"]
+MADE = ["plain", "symbols", "prefix", "unused", "spaces", "equal", "reserved"]
 ODD = [
     "\0",
     "\x01",
@@ -71,6 +74,19 @@ def plain_spaces(proto) -> None:
     proto.normalizer_spec.escape_whitespaces = False
 
 
+def equal_scores(proto) -> None:
+    """Gives many pieces the same score: of equal ones the leftmost is joined."""
+    for piece in proto.pieces:
+        piece.score = -(-piece.score // 64)
+
+
+def reserve_characters(proto) -> None:
+    """Makes a piece of a single character CONTROL, and another UNUSED."""
+    letters = [piece for piece in proto.pieces if piece.type == 1 and piece.piece in ("b", "e")]
+    for piece, kind in zip(letters, (3, 5), strict=True):
+        piece.type = kind
+
+
 @pytest.fixture(scope="module")
 def models() -> dict[str, bytes]:
     plain = trained()
@@ -80,6 +96,8 @@ def models() -> dict[str, bytes]:
         "prefix": plain + DUMMY_PREFIX,
         "unused": changed(plain, unuse),
         "spaces": changed(plain, plain_spaces),
+        "equal": changed(plain, equal_scores),
+        "reserved": changed(plain, reserve_characters),
     }
     return made | {name: (REAL / name / "tokenizer.model").read_bytes() for name in REAL_ONES}
 
@@ -89,7 +107,7 @@ class Pair:
 
     def __init__(self, model: bytes, path="tokenizer.model") -> None:
         self.reference = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.encoder = CachedEncoder(self.reference, self.reference, model, path)
+        self.encoder = SentencePieceEncoder(self.reference, self.reference, model, path)
         pieces = map(self.reference.id_to_piece, range(self.reference.get_piece_size()))
         self.fragments = [*pieces, *ODD]
 
@@ -117,13 +135,11 @@ def pairs(models) -> dict[str, Pair]:
 
 
 @pytest.fixture(autouse=True)
-def always_cached(monkeypatch):
-    """Every text goes through the cache, however short, in small passes."""
+def always_compiled(monkeypatch):
+    """Every text is encoded by compiled code, however short, in small passes."""
     for name in ("MIN_CHARACTERS", "SMALL_BATCH"):
-        monkeypatch.setattr(cached_encoder, name, 0)
-    monkeypatch.setattr(cached_encoder, "BLOCK", 200)
-    monkeypatch.setattr(cached_encoder, "WORDS", 40)
-    monkeypatch.setattr(Pace, "uses_cache", lambda pace, characters: True)
+        monkeypatch.setattr(sentencepiece_encoder, name, 0)
+    monkeypatch.setattr(sentencepiece_encoder, "BLOCK", 200)
 
 
 @pytest.mark.breadth
@@ -171,23 +187,37 @@ def test_ids_of_many_hypothesis_texts(pairs, name):
 def test_a_cut_inside_a_piece_is_seen(models):
     """Control: with one position cut that a piece joins, ids differ."""
     pair = Pair(models["plain"])
-    pair.encoder.prepare()
     pair.assert_equal(["return the value"])
-    cuts = pair.encoder._words.cuts
-    cuts._is_cut[cuts._row[ord("t")] + cuts._column[ord("h")]] = True
+    rows, columns, is_cut = pair.encoder._words._cuts
+    is_cut[rows[ord("t")] + columns[ord("h")]] = True
     with pytest.raises(AssertionError, match="return the value"):
         pair.assert_equal(["return the value"])
 
 
+def test_another_order_of_joins_is_seen(models):
+    """Control: with the opposite scores, ids differ."""
+    pair, text = Pair(models["plain"]), inspect.getsource(random.Random)
+    pair.assert_equal([text])
+    pair.encoder._words._vocabulary[3][:] *= -1
+    with pytest.raises(AssertionError, match="class Random"):
+        pair.assert_equal([text])
+
+
 @pytest.mark.parametrize("name", MADE)
-def test_every_pair_of_neighbours_in_a_piece_is_no_cut(models, name):
-    cuts = TextCuts(models[name])
+def test_every_pair_of_neighbours_in_a_piece_is_no_cut(pairs, models, name):
+    pairs[name].assert_equal(["a"])
+    cuts = pairs[name].encoder._words._cuts
+
+    def words(text: str) -> int:
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        return len(compiled_bpe.word_ends(codes, np.array([len(codes)]), *cuts))
+
     proto = sentencepiece_model_pb2.ModelProto.FromString(models[name])
     for piece in proto.pieces:
         if piece.type in (1, 4, 5):
-            assert not cuts.find(piece.piece).any()
-            assert not cuts.find(piece.piece.replace("\u2581", " ")).any()
-    assert cuts.find("\x01\x02a\u0416").all()
+            assert words(piece.piece) == 1
+            assert words(piece.piece.replace("\u2581", " ")) == 1
+    assert words("\x01\x02a\u0416") == 4
 
 
 def proto_with(field: str, value) -> object:
@@ -208,37 +238,55 @@ def proto_with(field: str, value) -> object:
 def test_other_models_keep_sentencepiece(models, change, reason, caplog):
     model = trained(**change) if isinstance(change, dict) else changed(models["plain"], change)
     with pytest.raises(NoExactCutsError, match=reason):
-        TextCuts(model)
+        read_model(model)
     pair = Pair(model, "folder/tokenizer.model")
     with caplog.at_level("INFO"):
+        pair.encoder.log_slowness()
         for _ in range(2):
             pair.assert_equal([*TRAPS, "  ﬁ  Ａ  中文 \u0416\u0416 "])
     assert [record.message.partition(",")[0] for record in caplog.records] == [
-        "note: folder/tokenizer.model: sentencepiece encodes every text anew"
+        "note: folder/tokenizer.model: sentencepiece encodes every text itself"
     ]
 
 
-def test_a_full_cache_begins_anew(models, monkeypatch):
+def test_without_numba_sentencepiece_encodes_everything(models, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ascendspeed.tokenization.word_encoder", None)
     pair = Pair(models["plain"])
-    monkeypatch.setattr(word_cache, "MAX_WORDS", 40)
-    pair.encoder.prepare()
-    clears = []
-    clear = pair.encoder._words._clear
-    monkeypatch.setattr(pair.encoder._words, "_clear", lambda: (clears.append(1), clear()))
-    generator = random.Random(2)
-    for _ in range(10):
-        pair.assert_equal([pair.text(generator, 20) for _ in range(4)])
-    assert len(clears) > 2
-    assert pair.encoder._words._counts.size < 40 + 200
+    with caplog.at_level("INFO"):
+        pair.assert_equal(["return the value"])
+    assert pair.encoder._words is None
+    assert "word_encoder" in caplog.text
 
 
-def test_long_words_are_kept_too(models):
+@pytest.mark.parametrize(
+    ("name", "word"), [("plain", "-" * 300), ("reserved", "bbeeb"), ("unused", "return"), ("plain", "a\0")]
+)
+def test_words_that_sentencepiece_encodes_itself(models, name, word):
+    """Words beyond the limit, control pieces of one character, unused pieces and NUL; each once in a pass."""
+    pair = Pair(models[name])
+    pair.assert_equal(["a"])
+    model, encoded = pair.encoder._words._model, []
+
+    def encode(words, **settings):
+        encoded.append(words)
+        return model.encode_as_numpy(words, **settings)
+
+    pair.encoder._words._model = SimpleNamespace(encode_as_numpy=encode)
+    pair.assert_equal([f"{word}\n{word} x", word, "", f"a {word}a", "-" * 128])
+    assert encoded
+    assert all(len(words) == len(set(words)) for words in encoded)
+    encoded.clear()
+    pair.assert_equal(["-" * 128])
+    assert not encoded
+
+
+def test_equal_words_of_a_pass(models, monkeypatch):
+    """The ids of a word are copied when it occurs again, also where several words share a place."""
+    monkeypatch.setattr(sentencepiece_encoder, "BLOCK", 1 << 20)
     pair = Pair(models["plain"])
-    long_word = "-" * 300
-    pair.assert_equal([f"{long_word}\n", f"x{long_word}", "-" * 40, "-" * 16, "-" * 15])
-    size = pair.encoder._words._counts.size
-    pair.assert_equal([f"{long_word}\n", "-" * 40])
-    assert pair.encoder._words._counts.size == size
+    generator = random.Random(5)
+    numbers = [f" {generator.getrandbits(26):x}" for _ in range(30_000)]
+    pair.assert_equal(["".join(generator.choices(numbers, k=60_000)) for _ in range(2)])
 
 
 def test_a_text_that_is_no_unicode_is_refused_as_before(models):
@@ -251,9 +299,20 @@ def test_a_text_that_is_no_unicode_is_refused_as_before(models):
 
 def test_a_second_thread_does_not_wait(models):
     pair = Pair(models["plain"])
-    pair.assert_equal(["text"])
     with pair.encoder._lock:
-        pair.assert_equal(["another text"])
+        pair.assert_equal(["text"])
+    assert pair.encoder._words is None
+    pair.assert_equal(["another text"])
+    assert pair.encoder._words is not None
+
+
+def test_several_threads(models):
+    pair = Pair(models["plain"])
+    generator = random.Random(6)
+    batches = [[pair.text(generator, 200) for _ in range(20)] for _ in range(8)]
+    pair.assert_equal(["text"])
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(pair.assert_equal, batches))
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -262,7 +321,7 @@ def test_text_behind_added_tokens(models, tmp_path, legacy, monkeypatch):
     folder = folder_with(tmp_path / "t", models["prefix"], config)
     texts = ["a<x>b c", "<x>", "<x>  b", "a", " <x> <x>"]
     actual = tokenizer.load(folder).encode_batch(texts)
-    monkeypatch.setattr(cached_encoder, "MIN_CHARACTERS", 1 << 40)
+    monkeypatch.setattr(sentencepiece_encoder, "MIN_CHARACTERS", 1 << 40)
     expected = tokenizer.load(folder).encode_batch(texts)
     assert [ids.tolist() for ids in actual] == [ids.tolist() for ids in expected]
 
@@ -277,43 +336,8 @@ def test_files_are_equal_byte_for_byte(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("\n".join(rows))
     config = EncoderConfig(str(folder), "GeneralPretrainHandler", append_eod=True)
     preprocess([tmp_path / "a.txt"], str(tmp_path / "cached"), config)
-    monkeypatch.setattr(cached_encoder, "MIN_CHARACTERS", 1 << 40)
+    monkeypatch.setattr(sentencepiece_encoder, "MIN_CHARACTERS", 1 << 40)
     preprocess([tmp_path / "a.txt"], str(tmp_path / "bare"), config)
     for suffix in ("bin", "idx", "meta"):
         files = [tmp_path / f"{name}_text_document.{suffix}" for name in ("cached", "bare")]
         assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_pace_takes_the_faster_way_and_tries_the_other(monkeypatch):
-    monkeypatch.undo()
-    pace = Pace()
-    assert pace.uses_cache(10)
-    pace.record(True, 2.0, cached_encoder.WARM_UP)
-    assert not pace.uses_cache(cached_encoder.WARM_UP)  # not measured yet
-    pace.record(False, 1.0, cached_encoder.WARM_UP)
-    ways = []
-    for _ in range(300):
-        ways.append(pace.uses_cache(cached_encoder.WARM_UP))
-        pace.record(ways[-1], 2.0 if ways[-1] else 1.0, cached_encoder.WARM_UP)
-    assert 1 <= sum(ways) <= 300 / 30
-    for _ in range(300):
-        ways.append(pace.uses_cache(cached_encoder.WARM_UP))
-        pace.record(ways[-1], 0.2 if ways[-1] else 1.0, cached_encoder.WARM_UP)
-    assert sum(ways[-50:]) > 40
-
-
-def test_word_table_equals_a_dict():
-    generator = random.Random(1)
-    texts = list({generator.randbytes(generator.randint(1, 15)) for _ in range(100)})
-    texts += [b"a", b"a\0", b"\0", b"\0\0", b"\0" * 8, b"\0" * 15]
-    data = b"".join(texts)
-    lengths = np.array([len(text) for text in texts])
-    low, high = word_keys(data, np.cumsum(lengths) - lengths, lengths)
-    table = WordTable(8)  # nearly half full: words meet in the same slots
-    half = len(texts) // 2
-    table.add(low[:half], high[:half], np.arange(half, dtype=np.int32))
-    assert table.find(low, high).tolist() == [*range(half), *[-1] * (len(texts) - half)]
-    table.add(low[half:], high[half:], np.arange(half, len(texts), dtype=np.int32))
-    assert table.find(low, high).tolist() == [*range(len(texts))]
-    table.clear()
-    assert (table.find(low, high) == -1).all()

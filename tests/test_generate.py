@@ -431,7 +431,7 @@ def test_the_cache_is_gone_afterwards(cpu, monkeypatch):
     as before."""
     from ascendspeed.inference.engine import SamplingParams, sample, score_continuations, token_logprobs
     from ascendspeed.inference.engine import language_model as model
-    from ascendspeed.models.gpt.attention import _future_mask
+    from ascendspeed.models.gpt.attention import _masks
 
     monkeypatch.setattr(model, "PREFILL_CHUNK", 4)
     lm, _ = model_and_reference(cpu, "v2")
@@ -454,9 +454,9 @@ def test_the_cache_is_gone_afterwards(cpu, monkeypatch):
     assert cache() is None
     lm.allocate_cache(1, 30, [9])
     lm.prefill([list(range(9))])
-    assert _future_mask.cache_info().currsize
+    assert _masks
     lm.free_cache()
-    assert not _future_mask.cache_info().currsize
+    assert not _masks
     assert torch.equal(lm.gpt(torch.tensor([PROMPTS[0]]), None, None), uncached_logits)
 
 

@@ -58,9 +58,9 @@ class ShardEncoder:
         self._masked = self.handler.has_loss_mask
         self._dtype = DTYPE if self._masked else dtype_for(self._encoder.tokenizer.vocab_size)
 
-    def prepare(self) -> None:
-        """Builds the tables of the tokenizer; logs what makes it slow."""
-        self._encoder.tokenizer.prepare()
+    def log_slowness(self) -> None:
+        """Logs what makes the tokenizer slow."""
+        self._encoder.tokenizer.log_slowness()
 
     def encode(self, shard: Shard) -> ShardResult:
         """Returns the documents of a shard by key."""
@@ -206,7 +206,7 @@ def preprocess(
         refuse_other_source(encoder.prefixes(prefix), source)
     columns = {path: registry.columns(path) for path in files}
     _check_files(encoder.handler, columns, strict)
-    encoder.prepare()
+    encoder.log_slowness()
     for note in (*encoder.handler.notes, *_unread_notes(encoder.handler, columns)):
         logger.info(f"note: {note}")
     try:

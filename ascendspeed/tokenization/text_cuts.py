@@ -13,7 +13,7 @@ and a b of the text then
 - nothing that follows the joins looks across: an unused piece is split into what it was joined from, and an
   unknown character becomes its bytes, each on its own.
 
-The proof needs, and `TextCuts` checks:
+The proof needs, and `read_model` checks:
 
 - BPE. Unigram's best path weighs whole texts; word and char models are not needed here.
 - A normalizer that changes no character: `identity`, that is no `precompiled_charsmap`. With one (`nmt_nfkc`)
@@ -26,6 +26,9 @@ The proof needs, and `TextCuts` checks:
 Control, unknown and byte pieces are never found in text and join nothing. NUL is a character as any other.
 Lone surrogates are no text for sentencepiece, which refuses them.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -49,9 +52,8 @@ class NoExactCutsError(ValueError):
 class TextCuts:
     """Table of the characters that stand side by side in a piece of the vocabulary."""
 
-    def __init__(self, model: bytes) -> None:
-        """`model`: content of a tokenizer.model. Raises `NoExactCutsError`."""
-        pieces, self.has_dummy_prefix = _read_model(model)
+    def __init__(self, pieces: Sequence[str]) -> None:
+        """`pieces`: those that are found in text. Raises `NoExactCutsError`."""
         text = chr(BETWEEN).join(pieces).replace(" ", SPACE)
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         inside = (codes[:-1] != BETWEEN) & (codes[1:] != BETWEEN)
@@ -62,35 +64,27 @@ class TextCuts:
         if size > MAX_TABLE_BYTES:
             raise NoExactCutsError(f"its pieces join {len(lefts):,} with {len(rights):,} characters")
         # Row 0 and column 0 are those of characters that no piece joins with a right or a left neighbour.
-        self._row = np.zeros(CODES, np.int32)
-        self._column = np.zeros(CODES, np.int32)
-        self._row[lefts] = np.arange(1, len(lefts) + 1) * width
-        self._column[rights] = np.arange(1, len(rights) + 1)
-        for table in (self._row, self._column):
+        self.rows = np.zeros(CODES, np.int32)
+        """Row of each character in the table, times its width."""
+        self.columns = np.zeros(CODES, np.int32)
+        """Column of each next character."""
+        self.rows[lefts] = np.arange(1, len(lefts) + 1) * width
+        self.columns[rights] = np.arange(1, len(rights) + 1)
+        for table in (self.rows, self.columns):
             table[ord(" ")] = table[ord(SPACE)]
-        self._is_cut = np.ones(size, bool)
-        self._is_cut[self._row[first] + self._column[second]] = False
-
-    def find(self, text: str) -> np.ndarray:
-        """Returns [characters - 1] bool: True where the text may be cut behind a character."""
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        return self._is_cut[self._row[codes[:-1]] + self._column[codes[1:]]]
-
-    def is_isolated(self, character: str) -> bool:
-        """Returns whether no piece joins a character with another, so that both its sides are cuts."""
-        return not (self._row[ord(character)] or self._column[ord(character)])
+        self.is_cut = np.ones(size, bool)
+        """The table: True where no piece has both characters side by side."""
+        self.is_cut[self.rows[first] + self.columns[second]] = False
 
 
-def _read_model(data: bytes) -> tuple[list[str], bool]:
-    """Returns the pieces that are found in text, and whether a space comes in front of each text. Raises
-    `NoExactCutsError`."""
+def read_model(data: bytes) -> Any:
+    """Parses the content of a tokenizer.model. Raises `NoExactCutsError` for one without exact cuts."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     try:
         model = sentencepiece_model_pb2.ModelProto.FromString(data)  # type: ignore[attr-defined]
-        pieces = [piece.piece for piece in model.pieces if piece.type in IN_TEXT]
-    except (DecodeError, UnicodeDecodeError) as error:
+    except DecodeError as error:
         raise NoExactCutsError(f"protobuf cannot read it: {error}") from error
     rule, trainer = model.normalizer_spec, model.trainer_spec
     reasons = {
@@ -102,4 +96,4 @@ def _read_model(data: bytes) -> tuple[list[str], bool]:
     }
     if reason := next((reason for reason, applies in reasons.items() if applies), None):
         raise NoExactCutsError(reason)
-    return pieces, rule.add_dummy_prefix
+    return model

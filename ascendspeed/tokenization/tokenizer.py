@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from ascendspeed.tokenization.added_tokens import AddedToken, AddedTokenSplitter
-from ascendspeed.tokenization.cached_encoder import NO_DUMMY_PREFIX, CachedEncoder
 from ascendspeed.tokenization.declared_tokens import (
     DeclaredToken,
     declared_tokens,
     token_text,
 )
+from ascendspeed.tokenization.sentencepiece_encoder import NO_DUMMY_PREFIX, SentencePieceEncoder
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked_file
 from ascendspeed.utils.text import first_line
@@ -65,8 +65,8 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
-    def prepare(self) -> None:
-        """Builds what much text is encoded with, which otherwise happens later; logs what makes it slow."""
+    def log_slowness(self) -> None:
+        """Logs what makes the encoding of much text slow."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -176,7 +176,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._continuation = self._model
         if not has_prefix and self._names:
             self._continuation = sentencepiece.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
-        self._encoder = CachedEncoder(self._model, self._continuation, model, path / "tokenizer.model")
+        self._encoder = SentencePieceEncoder(self._model, self._continuation, model, path / "tokenizer.model")
 
     def _in_text(self, tokens: Mapping[str, DeclaredToken]) -> dict[str, AddedToken]:
         """Declared tokens that have an id."""
@@ -197,8 +197,8 @@ class SentencePieceTokenizer(Tokenizer):
         later_ids = iter(self._encoder.encode(later, continued=True))
         return [_concatenate(parts, first_ids, later_ids) for parts in split]
 
-    def prepare(self) -> None:
-        self._encoder.prepare()
+    def log_slowness(self) -> None:
+        self._encoder.log_slowness()
 
     def decode(self, ids: Iterable[int]) -> str:
         visible = [
@@ -273,7 +273,7 @@ class JsonTokenizer(Tokenizer):
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
-    def prepare(self) -> None:
+    def log_slowness(self) -> None:
         pass
 
     def decode(self, ids: Iterable[int]) -> str:

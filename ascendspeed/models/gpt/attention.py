@@ -2,7 +2,6 @@
 even with dropout."""
 
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -265,19 +264,30 @@ def join_attention(out: Tensor, normalizer: Tensor, partial: Tensor, total: Tens
     normalizer.copy_(torch.logaddexp(normalizer, total))
 
 
-@lru_cache(4)
+_masks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
 def _future_mask(keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Causal mask [BLOCK, keys] of the last BLOCK queries: 0, or -inf for a key that is later than the query.
+    """Causal mask [BLOCK, at least `keys`] of the last BLOCK queries: 0, or -inf for a key that is later than
+    the query.
 
     Its last rows and columns serve fewer queries and fewer keys. All blocks and layers use views of one
-    tensor, so the backward pass keeps it once.
+    tensor, so the backward pass keeps it once. It grows by an eighth at least, for prompts that are read in
+    parts.
     """
-    return torch.full((BLOCK, keys), float("-inf"), dtype=dtype, device=device).triu(keys - BLOCK + 1)
+    key = (dtype, device)
+    if key not in _masks or _masks[key].size(1) < keys:
+        smaller = _masks.pop(key).size(1) if key in _masks else 0  # freed before the new one exists
+        size = max(keys, smaller * 9 // 8)
+        with torch.inference_mode(False):  # autograd may save it in a later call
+            mask = torch.full((BLOCK, size), float("-inf"), dtype=dtype, device=device)
+            _masks[key] = mask.triu_(size - BLOCK + 1)
+    return _masks[key]
 
 
 def clear_mask_cache() -> None:
     """Frees the causal masks that are cached between calls; for long texts they are large."""
-    _future_mask.cache_clear()
+    _masks.clear()
 
 
 def _attend_block(q: Tensor, k: Tensor, v: Tensor, future: Tensor, dropout: float, scale: float) -> Tensor:

@@ -232,8 +232,7 @@ class PagedKVCache:
             end = start + part.count
             q = query[start:end, 0].transpose(0, 1)[None]
             k, v = (cached[:, blocks].flatten(1, 2)[None] for cached in (keys, values))
-            longest = 1 << (part.end - 1).bit_length()  # few lengths, so that causal masks are shared
-            out[start:end] = attend(q, k, v, part.first, scale=scale, longest=longest)[0].transpose(0, 1)
+            out[start:end] = attend(q, k, v, part.first, scale=scale)[0].transpose(0, 1)
         return out.flatten(1)[:, None]
 
     def _attend_prefix(

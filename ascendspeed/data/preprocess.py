@@ -43,6 +43,9 @@ SHARDS_PER_WORKER = 2
 MIN_FRACTION = 0.02
 """Part of the input after which the size of the output is extrapolated."""
 
+MUCH_INPUT = 2 << 20
+"""Bytes of input for a process that pay for the preparation of its tokenizer at the start."""
+
 ShardResult = dict[str, ShardDocuments]
 """Key of the handler -> documents of one shard."""
 
@@ -61,6 +64,10 @@ class ShardEncoder:
     def log_slowness(self) -> None:
         """Logs what makes the tokenizer slow."""
         self._encoder.tokenizer.log_slowness()
+
+    def prepare(self) -> None:
+        """Prepares the tokenizer for much text."""
+        self._encoder.tokenizer.prepare()
 
     def encode(self, shard: Shard) -> ShardResult:
         """Returns the documents of a shard by key."""
@@ -109,13 +116,15 @@ class ShardEncoder:
 _encoder: ShardEncoder | None = None  # set in the processes of the pool
 
 
-def _start_worker(config: EncoderConfig) -> None:
+def _start_worker(config: EncoderConfig, prepares: bool) -> None:
     """Initializes a process of the pool, which exits with its parent even if that is killed."""
     global _encoder
     parent = parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     _encoder = ShardEncoder(config)
+    if prepares:
+        _encoder.prepare()
 
 
 def _encode(shard: Shard) -> ShardResult:
@@ -124,16 +133,18 @@ def _encode(shard: Shard) -> ShardResult:
 
 
 def _encode_in_order(
-    encoder: ShardEncoder, shards: Iterator[tuple[Shard, float]], workers: int
+    encoder: ShardEncoder, shards: Iterator[tuple[Shard, float]], workers: int, prepares: bool
 ) -> Iterator[tuple[ShardResult, float]]:
-    """Encodes shards with `workers` processes; yields (result, fraction of the input that is done) in
-    order."""
+    """Encodes shards with `workers` processes, which prepare their tokenizers if `prepares`; yields (result,
+    fraction of the input that is done) in order."""
     if workers == 1:
+        if prepares:
+            encoder.prepare()
         for shard, done in shards:
             yield encoder.encode(shard), done
         return
     # Spawned, not forked: a fork of a process with threads (Arrow's) may hang.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoder.config,))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoder.config, prepares))
     earlier = set(active_children())
     pending: deque[tuple[Future[ShardResult], float]] = deque()
     finished = False
@@ -240,7 +251,9 @@ def _write_outputs(
             stack.enter_context(writer)
             outputs[key] = DatasetOutput(writer, strict, encoder.config.seq_length)
         progress = stack.enter_context(DocumentProgress(log_interval))
-        for result, done in _encode_in_order(encoder, _shards(files, encoder.handler), workers):
+        prepares = sum(path.stat().st_size for path in files) >= MUCH_INPUT * workers
+        shards = _shards(files, encoder.handler)
+        for result, done in _encode_in_order(encoder, shards, workers, prepares):
             for key, shard in result.items():
                 outputs[key].add(shard)
             documents = sum(len(shard.lengths) for shard in result.values())

@@ -21,10 +21,10 @@ NO_DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 0])
 """End of a serialized sentencepiece model that sets `normalizer_spec.add_dummy_prefix` to false."""
 MIN_CHARACTERS = 1 << 22
 """Text of a process after which words are encoded by compiled code: until then it would not pay for its
-import and tables (1.2 s; 10 s where it is compiled for the first time)."""
+import and tables (1 s; 10 s where it is compiled for the first time)."""
 SMALL_BATCH = 1 << 10
 """Characters of a batch that sentencepiece encodes in less time than a pass takes to begin."""
-BLOCK = 1 << 17
+BLOCK = 1 << 18
 """Characters of one pass."""
 
 
@@ -47,11 +47,10 @@ class SentencePieceEncoder:
         size = sum(map(len, texts))
         self._characters += size
         model = self._continuation if continued else self._model
-        if size < SMALL_BATCH or self._characters < MIN_CHARACTERS:
-            return _encode_all(texts, model)
-        self._prepare()
+        if self._characters >= MIN_CHARACTERS:
+            self.prepare()
         words = self._words
-        if words is None:
+        if words is None or size < SMALL_BATCH:
             return _encode_all(texts, model)
         if self._has_dummy_prefix and model is self._model:
             texts = [f" {text}" if text else "" for text in texts]
@@ -74,8 +73,8 @@ class SentencePieceEncoder:
             logger.info(f"note: {self._path}: sentencepiece encodes every text itself, because {reason}")
         self._is_logged = True
 
-    def _prepare(self) -> None:
-        """Builds the tables, once; another thread does not wait for them."""
+    def prepare(self) -> None:
+        """Builds the tables, once, and logs why there are none; another thread does not wait for them."""
         if self._is_prepared or not self._lock.acquire(blocking=False):
             return
         try:

@@ -69,6 +69,10 @@ class Tokenizer(ABC):
         """Logs what makes the encoding of much text slow."""
 
     @abstractmethod
+    def prepare(self) -> None:
+        """Builds what much text is encoded with, which otherwise happens after some of it."""
+
+    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids without control tokens.
 
@@ -200,6 +204,9 @@ class SentencePieceTokenizer(Tokenizer):
     def log_slowness(self) -> None:
         self._encoder.log_slowness()
 
+    def prepare(self) -> None:
+        self._encoder.prepare()
+
     def decode(self, ids: Iterable[int]) -> str:
         visible = [
             i
@@ -274,6 +281,9 @@ class JsonTokenizer(Tokenizer):
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def log_slowness(self) -> None:
+        pass
+
+    def prepare(self) -> None:
         pass
 
     def decode(self, ids: Iterable[int]) -> str:

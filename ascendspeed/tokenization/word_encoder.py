@@ -9,8 +9,8 @@ import numpy as np
 from ascendspeed.tokenization import compiled_bpe
 from ascendspeed.tokenization.text_cuts import CODES, IN_TEXT, SPACE, TextCuts
 
-ENCODED, BYTE = (1, 4), 6
-"""NORMAL and USER_DEFINED, and BYTE, of `SentencePiece.Type`."""
+NORMAL, BYTE = 1, 6
+"""Of `SentencePiece.Type`."""
 
 
 class WordEncoder:
@@ -21,20 +21,24 @@ class WordEncoder:
         for words that are not encoded here. Raises `NoExactCutsError`."""
         self._model = model
         self.escapes_spaces: bool = proto.normalizer_spec.escape_whitespaces
-        pieces = [piece.piece for piece in proto.pieces]
-        types = np.array([piece.type for piece in proto.pieces], np.int8)
+        rows = [(piece.piece, piece.type, piece.score) for piece in proto.pieces]
+        pieces, kinds, scores = zip(*rows, strict=True)
+        types = np.array(kinds, np.int8)
         in_text = [
             piece if is_found else ""
             for piece, is_found in zip(pieces, np.isin(types, IN_TEXT).tolist(), strict=True)
         ]
-        cuts = TextCuts([piece for piece in in_text if piece])
+        lengths = np.fromiter(map(len, in_text), np.int32, len(in_text))
+        cuts = TextCuts([in_text[i] for i in np.flatnonzero(lengths).tolist()])
         self._cuts = cuts.rows, cuts.columns, cuts.is_cut
-        begins = np.cumsum([0, *map(len, in_text)], dtype=np.int32)
+        begins = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         codes = np.frombuffer("".join(in_text).encode("utf-32-le"), np.uint32)
         slots = np.zeros(1 << (2 * len(pieces)).bit_length(), np.uint64)
         compiled_bpe.fill_slots(slots, codes, begins)
-        scores = np.array([piece.score for piece in proto.pieces], np.float32)
-        self._vocabulary = slots, codes, begins, scores, types, *_characters(pieces, types)
+        self._vocabulary = (
+            *(slots, codes, begins, np.array(scores, np.float32), types),
+            *_characters(pieces, types),
+        )
         self.encode(["a"])  # compiles, or reads what was compiled before
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -76,12 +80,13 @@ def _characters(pieces: Sequence[str], types: np.ndarray) -> tuple[np.ndarray, n
     characters = np.full(CODES, compiled_bpe.BYTES, np.int32)
     begins_symbol = np.zeros(CODES, np.bool_)
     byte_ids = np.zeros(256, np.int32)
-    for number, (piece, kind) in enumerate(zip(pieces, types.tolist(), strict=True)):
-        if kind == BYTE:
-            byte_ids[int(piece[3:5], 16)] = number  # <0x41>
-        elif len(piece) == 1:
-            characters[ord(piece)] = number if kind in ENCODED else compiled_bpe.ELSEWHERE
-        if kind == compiled_bpe.USER_DEFINED:
-            begins_symbol[ord(piece[0])] = True
+    lengths = np.fromiter(map(len, pieces), np.int32, len(pieces))
+    for number in np.flatnonzero(lengths == 1).tolist():
+        is_encoded = types[number] in (NORMAL, compiled_bpe.USER_DEFINED)
+        characters[ord(pieces[number])] = number if is_encoded else compiled_bpe.ELSEWHERE
     characters[0] = compiled_bpe.ELSEWHERE  # sentencepiece treats a piece of it as unused
+    for number in np.flatnonzero(types == compiled_bpe.USER_DEFINED).tolist():
+        begins_symbol[ord(pieces[number][0])] = True
+    for number in np.flatnonzero(types == BYTE).tolist():
+        byte_ids[int(pieces[number][3:5], 16)] = number  # <0x41>
     return characters, begins_symbol, byte_ids

@@ -130,6 +130,25 @@ def test_the_chunks_of_all_ranks_make_the_whole(cpu, size, length):
         ).abs().max() > 0.1
 
 
+def test_a_prompt_that_is_read_in_parts_has_one_mask(cpu):
+    """The mask of earlier parts is freed, the last one is little larger than its keys, and inference leaves
+    none that autograd refuses."""
+    from ascendspeed.models.gpt import attention
+
+    attention.clear_mask_cache()
+    q, k, v = tensors(1000)
+    expected = by_hand(q, k, v)
+    with torch.inference_mode():
+        for first in range(0, 1000, 40):
+            part = slice(first, first + 40)
+            out = attention.attend(q[:, :, part], k[:, :, : part.stop], v[:, :, : part.stop], first)
+            assert (out - expected[:, :, part]).abs().max() < 1e-12
+            assert len(attention._masks) == (first > 0)
+    (mask,) = attention._masks.values()
+    assert 1000 <= mask.size(1) < 1000 * 9 / 8
+    attention.attend(q[:, :, 900:], k, v, 900).sum().backward()
+
+
 def test_dropped_probabilities_are_those_of_the_chunk(cpu):
     """With v the identity, outputs are probabilities: each is 0 or 1 / (1 - p) times its value; causal."""
     from ascendspeed.models.gpt.attention import attend

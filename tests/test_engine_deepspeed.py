@@ -35,7 +35,7 @@ def test_losses_equal_a_plain_torch_loop(layout, steps, expected, tmp_path):
     cases = {f"zero {stage}": {"changes": changes(stage), "evaluate": True} for stage in stages}
     (tmp_path / "offload.json").write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
     if layout == "tp1-dp2" or not is_quick:  # where the optimizer runs does not depend on the layout
-        for stage in (3,) if is_quick else (2, 3):
+        for stage in (2,) if is_quick else (2, 3):
             offload = {"zero_stage": stage, "deepspeed_config": str(tmp_path / "offload.json")}
             cases[f"zero {stage}, optimizer offloaded"] = {"changes": {"parallel": offload}}
         cases["control: beta2 0.9"] = {"changes": changes(1, adam_beta2=0.9)}
@@ -51,14 +51,15 @@ def test_losses_equal_a_plain_torch_loop(layout, steps, expected, tmp_path):
             "last": 3,
         }
     if layout == "tp1-dp2":
-        for stage, exchange in ((2, "allgather"), (3, "a2a")):
+        for stage, exchange in ((2, "allgather"), (2 if is_quick else 3, "a2a")):
             shared = {"zero_stage": stage, "context_parallel_size": 2, "cp_comm_type": exchange}
             change = {"parallel": shared, "train": {"micro_batch_size": 2}}
             cases[f"zero {stage}, context parallel, {exchange}"] = {"changes": change}
         cases["control: chunks in a row"] = {"changes": change, "break": "chunks in a row", "last": 1}
-    cases["full recomputation"] = {
-        "changes": {"parallel": {"zero_stage": 3}, "train": {"recompute_granularity": "full"}}
-    }
+    if layout == "tp1-dp2" or not is_quick:
+        cases["full recomputation"] = {
+            "changes": {"parallel": {"zero_stage": 3}, "train": {"recompute_granularity": "full"}}
+        }
     few = {"micro_batch_size": 2} if layout == "tp2-dp1" and is_quick else {}  # of two accumulated
     curves = run_cases(layout, cases, tmp_path, steps, **few)
     for stage in stages:

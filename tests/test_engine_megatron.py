@@ -41,7 +41,7 @@ THEMES: dict[str, Callable[[Path], Theme]] = {
     ),
     "stages": lambda folder: losses({"pp2 vpp2": PP | VPP}, CONTROL_STEPS, mistakes=STAGES_CONTROL),
     "tied": lambda folder: architecture(TIED, ["pp2 vpp2"], CONTROL_STEPS),
-    "experts": lambda folder: experts(2, folder, fresh=2, stop=1),
+    "experts": lambda folder: experts(2, folder, fresh=2, stop=1, names=("ep2", "pp2")),
     "half": lambda folder: half(["dp2, shards"], 3, SHALLOW),
     "poisoned": lambda folder: poisoned(["pp2, fp32"], SHALLOW),
     "resumed": lambda folder: resumed({"dp2, shards": SHARDS}, folder, ["bf16"], 1, SHALLOW),
@@ -79,6 +79,12 @@ def two_ranks(tmp_path_factory) -> dict[str, tuple[Check, dict[str, Curve]]]:
 def test_two_ranks(theme, two_ranks):
     check, curves = two_ranks[theme]
     check(curves)
+
+
+@pytest.mark.slow
+def test_experts_on_two_ranks(tmp_path):
+    """Every layout of two ranks, each from the weights and from another's checkpoint."""
+    run_and_check(2, experts(2, tmp_path), tmp_path / "run")
 
 
 @pytest.mark.slow

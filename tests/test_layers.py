@@ -196,10 +196,15 @@ before = dict(os.environ)
 for name in {TORCH_FREE}:
     __import__("ascendspeed." + name)
 print(json.dumps([before == dict(os.environ), sorted({{m.split(".")[0] for m in sys.modules}})]))
+from pathlib import Path
+from ascendspeed.conversion.formats import registry
+registry.detect_formats(Path("."))  # by the launcher, before anything starts
+print(json.dumps("torch" in sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    same, modules = json.loads(done.stdout)
+    (same, modules), needs_torch = map(json.loads, done.stdout.splitlines())
     assert same
+    assert not needs_torch
     assert not {"torch", "megatron", "deepspeed", "transformers", "numpy", "rich.progress"} & set(modules)
     assert not done.stderr
 

@@ -15,7 +15,7 @@ from ascendspeed.models import param_mapping
 from ascendspeed.training.engines.muon import lr_factor, matrices_of, newton_schulz
 from ascendspeed.utils.errors import UserError
 
-STEPS = 5
+STEPS = 4
 OPTIM = replace(RUN.optim, optimizer="muon")
 GROUPED = replace(MODEL, num_query_groups=2)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,22 @@ GIB = 2**30
 # --- the values
 
 
+@pytest.fixture(scope="module")
+def default_words(tmp_path_factory):
+    """The flags that a recipe gives to pretrain_intern.py, if nobody gives it values."""
+    return cache(lambda name: recipes.typed(RECIPES[name], tmp_path_factory.mktemp(name)))
+
+
 @pytest.fixture
-def typed(tmp_path, monkeypatch):
+def typed(default_words, tmp_path, monkeypatch):
     """The flags that a recipe gives to pretrain_intern.py."""
     monkeypatch.chdir(tmp_path)  # where there is no ./ckpt
-    return lambda name, *flags, **env: recipes.typed(RECIPES[name], tmp_path, *flags, **env)
+
+    def words(name: str, *flags: str, **env: str) -> list[str]:
+        changed = flags or env
+        return recipes.typed(RECIPES[name], tmp_path, *flags, **env) if changed else default_words(name)
+
+    return words
 
 
 def resolved(words: list[str], world: int = 32) -> Run:
@@ -202,8 +214,8 @@ def test_another_recipe_values_and_flags(slurm):
         assert line.endswith(" --auto-resume --keep 3")
 
 
-def test_the_code_of_a_node_is_that_of_the_job(slurm):
-    assert slurm.sbatch(CODE="1").wait(60) == 1
+def test_the_code_of_a_node_is_that_of_the_job(tmp_path):
+    assert Slurm(tmp_path, 2).sbatch(CODE="1", NPROC="16").wait(60) == 1
 
 
 @pytest.mark.slow

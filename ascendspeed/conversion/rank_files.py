@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.load_files import load_pt
+from ascendspeed.conversion.rank_file_names import RankFileNames
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families.base import ParamMapping
 from ascendspeed.models.param_mapping import Parameter, Slice2D, StoredTensor
@@ -26,27 +27,6 @@ StoredMatrices = dict[str, list[tuple[Tensor, tuple[Slice2D, ...]]]]
 """Parameter name -> the matrices that store it, each with the rectangles of the parameter in it."""
 GROUPED_QKV_VERSION = 2.0
 """Version of Megatron's checkpoints since which a fused query_key_value is [q..., k, v] head by head."""
-
-
-@dataclass(frozen=True)
-class RankFileNames:
-    """File names of rank files and the structure around the tensors in each file."""
-
-    description: str
-    tracker: str
-    """File that names the folder of the iteration."""
-    files: tuple[str, str]
-    """Path of rank `t` and stage `p` in that folder: without and with pipeline stages."""
-    pattern: str
-    """Regular expression of both paths: tensor-parallel rank, then (optional) stage."""
-    key: str
-    """Entry of a file that holds the tensors; empty: they are at the top level."""
-    extra: Mapping[str, Any]
-    """Other entries of a written file."""
-
-    def path(self, tp_rank: int, pp_rank: int, pp: int) -> str:
-        """Path of one rank's file in the folder of the iteration."""
-        return self.files[pp > 1].format(t=tp_rank, p=pp_rank)
 
 
 @dataclass(frozen=True)

@@ -201,14 +201,16 @@ EXPERTS: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
-def experts(world: int, folder: Path, fresh: int = 4, stop: int = 2) -> Theme:
+def experts(
+    world: int, folder: Path, fresh: int = 4, stop: int = 2, names: Iterable[str] | None = None
+) -> Theme:
     """Experts on different ranks, and over a checkpoint from some to others.
 
-    `fresh`: steps of a run from the weights. Two steps follow the checkpoint: the loss of the second one is
-    the first that depends on the moments.
+    `fresh`: steps of a run from the weights; `names`: layouts, else all. Two steps follow the checkpoint: the
+    loss of the second one is the first that depends on the moments.
     """
     model, at, steps = replace(MOE["mixtral"], num_layers=2), str(folder / "ckpt"), stop + 2
-    layouts = EXPERTS[world]
+    layouts = {name: EXPERTS[world][name] for name in names or EXPERTS[world]}
     first, *others = layouts
     cases = {name: case(parallel, fresh) for name, parallel in layouts.items()}
     cases[f"{first}, first"] = case(layouts[first], stop, save=at)

@@ -42,7 +42,7 @@ class InternEvoFormat(CheckpointFormat):
         """True if there are rank files under InternEvo's names. Raises `UserError` for forms that cannot be
         read.
         """
-        from ascendspeed.conversion.formats.internevo.folder import file_names_of
+        from ascendspeed.conversion.formats.internevo.file_names import file_names_of
 
         return file_names_of(folder) is not None
 

@@ -9,7 +9,8 @@ from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import rank_file_reader
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader, read_config
 from ascendspeed.conversion.formats.internevo import config as model_config
-from ascendspeed.conversion.formats.internevo.folder import DESCRIPTION, InternEvoFolder
+from ascendspeed.conversion.formats.internevo.file_names import DESCRIPTION
+from ascendspeed.conversion.formats.internevo.folder import InternEvoFolder
 from ascendspeed.conversion.formats.internevo.tensors import stored_tensors
 from ascendspeed.conversion.rank_files import NamingScheme, RankLayout
 from ascendspeed.models.families import FAMILIES

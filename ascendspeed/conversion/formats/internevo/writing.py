@@ -12,7 +12,7 @@ from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import hf_assets, rank_files
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.internevo import config as model_config
-from ascendspeed.conversion.formats.internevo.folder import TENSOR_PARALLEL, WEIGHT_PARALLEL
+from ascendspeed.conversion.formats.internevo.file_names import TENSOR_PARALLEL, WEIGHT_PARALLEL
 from ascendspeed.conversion.formats.internevo.reading import naming_scheme
 from ascendspeed.conversion.output_files import create_pt, save_pt
 from ascendspeed.conversion.rank_files import RankLayout

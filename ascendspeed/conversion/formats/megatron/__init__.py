@@ -33,7 +33,7 @@ class MegatronFormat(CheckpointFormat):
 
     def detect(self, folder: Path) -> bool:
         """True if there is the tracker file of the layout, or the files of one iteration."""
-        from ascendspeed.conversion.formats.megatron.reading import MEGATRON, file_names_of
+        from ascendspeed.conversion.formats.megatron.file_names import MEGATRON, file_names_of
 
         return file_names_of(folder) is MEGATRON
 
@@ -62,7 +62,7 @@ class DeepSpeedFormat(MegatronFormat):
 
     def detect(self, folder: Path) -> bool:
         """True if there is the tracker file of the layout, or the files of one iteration."""
-        from ascendspeed.conversion.formats.megatron.reading import DEEPSPEED, file_names_of
+        from ascendspeed.conversion.formats.megatron.file_names import DEEPSPEED, file_names_of
 
         return file_names_of(folder) is DEEPSPEED
 

@@ -14,30 +14,15 @@ from ascendspeed.config.schema import ModelConfig, check_tensor_parallel
 from ascendspeed.conversion import legacy_names, rank_file_reader, rank_files
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader, read_config
 from ascendspeed.conversion.formats.megatron import LegacyRankFileFormat
-from ascendspeed.conversion.rank_files import NamingScheme, RankFileNames
+from ascendspeed.conversion.formats.megatron.file_names import MEGATRON, file_names_of
+from ascendspeed.conversion.rank_file_names import RankFileNames
+from ascendspeed.conversion.rank_files import NamingScheme
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.families.base import ParamMapping
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import plain_file_name
 
 logger = logging.getLogger(__name__)
-
-DEEPSPEED = RankFileNames(
-    "DeepSpeed rank files",
-    "latest",
-    ("mp_rank_{t:02d}_model_states.pt",) * 2,
-    r"mp_rank_(\d\d+)_model_states\.pt",
-    "module",
-    {"checkpoint_version": 3.0, "dp_world_size": 0},
-)
-MEGATRON = RankFileNames(
-    "Megatron rank files",
-    "latest_checkpointed_iteration.txt",
-    ("mp_rank_{t:02d}/model_optim_rng.pt", "mp_rank_{t:02d}_{p:03d}/model_optim_rng.pt"),
-    r"mp_rank_(\d\d+)(?:_(\d\d\d+))?/model_(?:optim_)?rng\.pt",
-    "model",
-    {"checkpoint_version": 3.0, "iteration": 0},
-)
 
 
 def _megatron_core_names(config: ModelConfig) -> Iterator[ParamMapping]:
@@ -78,15 +63,6 @@ def open_rank_files(folder: Path, config_dir: Path) -> CheckpointReader:
         description += f", names of {scheme.name}"
     reader = rank_file_reader.open_reader(description, folder, config, config_json, tensors, scheme, layout)
     return replace(reader, assets_dir=config_dir, parallel_sizes=(layout.tp, layout.pp))
-
-
-def file_names_of(folder: Path) -> RankFileNames | None:
-    """Recognizes the tracker of one of the layouts, or the files of one iteration; None: neither."""
-    for file_names in (MEGATRON, DEEPSPEED):
-        markers = (file_names.tracker, *(file_names.path(0, 0, pp) for pp in (1, 2)))
-        if any((folder / name).is_file() for name in markers):
-            return file_names
-    return None
 
 
 def _check_not_sharded(iteration: Path) -> None:

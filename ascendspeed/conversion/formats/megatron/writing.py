@@ -10,9 +10,11 @@ from ascendspeed.config.pipeline_stages import check_pipeline_parallel
 from ascendspeed.config.schema import ParallelConfig, check_tensor_parallel, padded_vocab_size
 from ascendspeed.conversion import hf_assets, rank_files
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
-from ascendspeed.conversion.formats.megatron.reading import DEEPSPEED, MEGATRON, MEGATRON_CORE
+from ascendspeed.conversion.formats.megatron.file_names import DEEPSPEED, MEGATRON
+from ascendspeed.conversion.formats.megatron.reading import MEGATRON_CORE
 from ascendspeed.conversion.output_files import create_pt
-from ascendspeed.conversion.rank_files import RankFileNames, RankLayout
+from ascendspeed.conversion.rank_file_names import RankFileNames
+from ascendspeed.conversion.rank_files import RankLayout
 from ascendspeed.conversion.write import PlannedFile
 from ascendspeed.utils.errors import UserError
 

@@ -63,6 +63,7 @@ MEGATRON = {
     "inference.engine",
     "distributed.process_groups",
     "training.engines.megatron",
+    "training.engines.megatron_optimizer",
     "planning.balanced_experts",
     "planning.fake_world",
     "data",

@@ -302,10 +302,10 @@ def round_half_away(chained):
     """Makes a Megatron-core optimizer round the fp32 masters half away from zero to bf16 weights."""
     import torch
 
-    from ascendspeed.training.engines.megatron import _weights_and_masters
+    from ascendspeed.training.engines.megatron_optimizer import weights_and_masters
 
     def publish():
-        for weight, master in _weights_and_masters(chained):
+        for weight, master in weights_and_masters(chained):
             rounded = (master.detach().view(torch.int32) + 0x8000) >> 16
             weight.data.copy_(rounded.to(torch.int16).view(torch.bfloat16))
 

@@ -19,6 +19,7 @@ from ascendspeed.checkpoint.fragment import KINDS, Fragment
 from ascendspeed.data.batch import Batch
 from ascendspeed.models.gpt import gpt_model
 from ascendspeed.training.engines.megatron import LossFunction, MegatronEngine
+from ascendspeed.training.engines.megatron_optimizer import new_adamw
 
 
 class FsdpEngine(MegatronEngine):
@@ -55,8 +56,10 @@ class FsdpEngine(MegatronEngine):
         groups: dict[bool, list[Tensor]] = {False: [], True: []}
         for name, shard in self._shards.items():
             groups[is_plain[name]].append(shard)
-        return self._adamw(
-            [{"params": groups[False], "wd_mult": 1.0}, {"params": groups[True], "wd_mult": 0.0}]
+        return new_adamw(
+            self.run.optim,
+            [{"params": groups[False], "wd_mult": 1.0}, {"params": groups[True], "wd_mult": 0.0}],
+            self.device,
         )
 
     # ---------------------------------------------------------------- stepping

@@ -20,14 +20,12 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -43,11 +41,16 @@ from ascendspeed.models.gpt.layer_spec import transformer_config
 from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
 from ascendspeed.models.lora.layers import without_adapters
 from ascendspeed.training.engines import EMPTY_STEP, StepResult, Tensors
-from ascendspeed.training.engines.common import (
-    BaseEngine,
-    adamw_settings,
-    new_adamw_state,
-    routed_tokens,
+from ascendspeed.training.engines.common import BaseEngine, routed_tokens
+from ascendspeed.training.engines.megatron_optimizer import (
+    build_optimizer,
+    clip_gradients,
+    grad_norm,
+    loss_scale_state,
+    parameters_and_masters,
+    replica_group,
+    restore_loss_scale,
+    state_of,
 )
 from ascendspeed.training.engines.muon import MatrixShard, Muon, matrices_of
 from ascendspeed.training.engines.split_masters import SplitAdamW
@@ -90,15 +93,7 @@ class MegatronEngine(BaseEngine):
         return modules
 
     def _make_optimizer(self) -> Any:
-        """Megatron-core's optimizer with torch's AdamW."""
-        optimizer = get_megatron_optimizer(
-            self._optimizer_config(), self.chunks, use_gloo_process_groups=False
-        )
-        for chained in optimizer.chained_optimizers:
-            chained.optimizer = self._adamw(chained.optimizer.param_groups, chained)
-            if self.run.optim.store_param_remainders:  # the update writes the weights
-                chained._copy_main_params_to_model_params = lambda: None
-        return optimizer
+        return build_optimizer(self.run, self.config.params_dtype, self.chunks, self.device)
 
     def _wrap(self) -> list[Any]:
         """Wraps the model's parts for data parallelism."""
@@ -120,43 +115,6 @@ class MegatronEngine(BaseEngine):
             self.config.no_sync_func = functions if len(chunks) > 1 else functions[0]
         return chunks
 
-    def _optimizer_config(self) -> OptimizerConfig:
-        optim, parallel = self.run.optim, self.run.parallel
-        return OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            min_lr=optim.min_lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.adam_beta1,
-            adam_beta2=optim.adam_beta2,
-            adam_eps=optim.adam_eps,
-            clip_grad=optim.clip_grad,
-            bf16=optim.bf16,
-            fp16=optim.fp16,
-            params_dtype=self.config.params_dtype,
-            initial_loss_scale=optim.initial_loss_scale,
-            use_distributed_optimizer=parallel.use_distributed_optimizer,
-            overlap_param_gather=parallel.overlap_param_gather,
-        )
-
-    def _adamw(self, groups: Sequence[dict[str, Any]], chained: Any = None) -> torch.optim.AdamW:
-        """torch's AdamW, whatever else is installed, with Megatron-core's parameter groups and with its
-        states. `chained`: the optimizer of Megatron-core, which --store-param-remainders needs.
-        """
-        optim = self.run.optim
-        adamw = (SplitAdamW if optim.store_param_remainders else torch.optim.AdamW)(
-            [{"params": [], "weight_decay": optim.weight_decay * group["wd_mult"]} for group in groups],
-            **adamw_settings(optim, self.device),
-        )
-        if isinstance(adamw, SplitAdamW):  # before there are moments: both would not fit
-            adamw.split(_weights_and_masters(chained))
-        for new_group, group in zip(adamw.param_groups, groups, strict=True):
-            # Set afterwards: a shard is a view of a parameter, which the constructor would refuse.
-            new_group["params"] = group["params"]
-            for master in group["params"]:
-                adamw.state[master].update(new_adamw_state(master, self.device))
-        return adamw
-
     def _muon(self) -> Muon:
         """Muon for the linears of the layers; their second moments are dropped."""
         owned, matrices, shards = dict(self._masters()), matrices_of(self.run.model), []
@@ -164,20 +122,16 @@ class MegatronEngine(BaseEngine):
             for name, parameter in gpt_model.named_parameters(module).items():
                 if name not in matrices:
                     continue
-                group = _replica_group(parameter) if self.run.parallel.use_distributed_optimizer else None
+                group = replica_group(parameter) if self.run.parallel.use_distributed_optimizer else None
                 shard = MatrixShard(
                     self.shard_specs[name], matrices[name], self.grid.tp_group, group, key=None
                 )
                 if parameter in owned:
                     (shard.key, *_), shard.start, _ = owned[parameter]
                     shard.numel = shard.key.numel()
-                    self._state_of(shard.key).pop("exp_avg_sq")
+                    state_of(self.optimizer, shard.key).pop("exp_avg_sq")
                 shards.append(shard)
         return Muon(self.run.optim, shards, self.device.torch)
-
-    def _state_of(self, master: Tensor) -> dict[str, Tensor]:
-        states = (chained.optimizer.state for chained in self.optimizer.chained_optimizers)
-        return next(state[master] for state in states if master in state)
 
     # ---------------------------------------------------------------- stepping
 
@@ -223,35 +177,12 @@ class MegatronEngine(BaseEngine):
         return bool(self.optimizer.prepare_grads())
 
     def _grad_norm(self) -> float:
-        """Global norm of the gradients as Megatron-core defines it.
-
-        Without Apex, Megatron-core waits for the device once per parameter; this waits once.
-        """
-        optimizers = self.optimizer.chained_optimizers
-        if len(optimizers) == 1 or self.optimizer.grads_states_parallel_group_is_shared():
-            return self._norm_of(optimizers)
-        return math.sqrt(sum(self._norm_of([chained]) ** 2 for chained in optimizers))
-
-    def _norm_of(self, optimizers: list[Any]) -> float:
-        """Gradient norm of the parameters of optimizers that share one process group."""
-        gradients = [g for chained in optimizers for g in chained.get_main_grads_for_grad_norm()]
-        if gradients:
-            norm = torch.stack(torch._foreach_norm(gradients)).norm().view(1)
-        else:
-            norm = torch.zeros(1, device=self.device.torch)
-        square = norm**2.0
-        dist.all_reduce(square, group=optimizers[0].get_grad_stats_parallel_group())
-        return square.item() ** 0.5
+        return grad_norm(self.optimizer, self.device)
 
     def _update(self, norm: float) -> None:
-        clip = self.run.optim.clip_grad
-        coefficient = clip / (norm + 1e-6)  # Megatron-core's, to the bit
-        if clip and coefficient < 1:
-            gradients = [master.grad for master in self._trained_masters() if master.grad is not None]
-            if gradients:
-                torch._foreach_mul_(gradients, coefficient)
+        clip_gradients(self._trained_masters(), self.run.optim.clip_grad, norm)
         if self.muon:
-            states = {key: self._state_of(key) for key in self.muon.keys}
+            states = {key: state_of(self.optimizer, key) for key in self.muon.keys}
             self.muon.step(self.optimizer.param_groups[0]["lr"], states)
             for key in self.muon.keys:
                 key.grad = None  # AdamW leaves out what has no gradient
@@ -404,7 +335,7 @@ class MegatronEngine(BaseEngine):
         n holders.
         """
         for chained in self.optimizer.chained_optimizers:
-            for parameter, master in _parameters_and_masters(chained):
+            for parameter, master in parameters_and_masters(chained):
                 state = chained.optimizer.state[master]
                 views = [master, state["exp_avg"], self._second_moment(state, master)]
                 if isinstance(chained, DistributedOptimizer):
@@ -413,18 +344,14 @@ class MegatronEngine(BaseEngine):
                     holder = (chained.distributed_optimizer_instance_id, instances)
                     yield parameter, (views, start, holder)
                 else:
-                    group = _replica_group(parameter)
+                    group = replica_group(parameter)
                     yield parameter, (views, 0, (group.rank(), group.size()))
 
     def scalars(self) -> dict[str, Any]:
         """See `Engine.scalars`."""
         values: dict[str, Any] = {"updates": self.updates}
         if self.run.optim.fp16:
-            scaler = self.optimizer.chained_optimizers[0].grad_scaler
-            values["loss_scale"] = float(scaler.scale)
-            values["grad_scaler"] = {
-                name: getattr(scaler, name) for name in ("_growth_tracker", "_hysteresis_tracker")
-            }
+            values |= loss_scale_state(self.optimizer)
         return values
 
     def _restore_updates(self, updates: int) -> None:
@@ -434,10 +361,7 @@ class MegatronEngine(BaseEngine):
                 state["step"].fill_(updates)
 
     def _restore_loss_scale(self, scalars: dict[str, Any]) -> None:
-        for chained in self.optimizer.chained_optimizers:
-            chained.grad_scaler._scale.fill_(scalars["loss_scale"])
-            for name, value in scalars.get("grad_scaler", {}).items():
-                setattr(chained.grad_scaler, name, value)
+        restore_loss_scale(self.optimizer, scalars)
 
     def _refresh_weights(self) -> None:
         for chained in self.optimizer.chained_optimizers:
@@ -468,40 +392,3 @@ def _sum_gradients(
     divided already.
     """
     finalize_model_grads(model, None, **groups)
-
-
-def _parameters_and_masters(chained: Any) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
-    """Each parameter with its fp32 master (or this rank's shard of it) in a Megatron-core optimizer."""
-    if isinstance(chained, DistributedOptimizer):
-        groups = zip(
-            chained.model_fp32_groups + chained.model_float16_groups,
-            chained.shard_fp32_groups + chained.shard_fp32_from_float16_groups,
-            strict=True,
-        )
-    elif hasattr(chained, "float16_groups"):
-        groups = zip(
-            chained.fp32_from_fp32_groups + chained.float16_groups,
-            chained.fp32_from_fp32_groups + chained.fp32_from_float16_groups,
-            strict=True,
-        )
-    else:
-        groups = ((group["params"], group["params"]) for group in chained.optimizer.param_groups)
-    for parameters, masters in groups:
-        yield from zip(parameters, masters, strict=True)
-
-
-def _weights_and_masters(chained: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each bf16 weight (or this rank's shard of it) with its fp32 master in a Megatron-core optimizer."""
-    if isinstance(chained, DistributedOptimizer):
-        groups = zip(chained.shard_float16_groups, chained.shard_fp32_from_float16_groups, strict=True)
-    else:
-        groups = zip(chained.float16_groups, chained.fp32_from_float16_groups, strict=True)
-    for weights, masters in groups:
-        yield from zip(weights, masters, strict=True)
-
-
-def _replica_group(parameter: torch.nn.Parameter) -> Any:
-    """Process group of the ranks that hold the same part of a parameter."""
-    if getattr(parameter, "allreduce", True):
-        return parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return parallel_state.get_expert_data_parallel_group()

@@ -39,3 +39,14 @@ def parse_size(text: int | str) -> int:
     if size < 1:
         raise UserError(f"{text!r} is not a size: write 10GB, 500MB or a number of bytes")
     return int(size)
+
+
+def nearest_multiples(number: int, divisor: int) -> str:
+    """Returns the nearest multiples of `divisor` around `number`, as text."""
+    below = number // divisor * divisor
+    return f"{below} or {below + divisor}" if below else f"{divisor}"
+
+
+def divisors(number: int) -> str:
+    """Returns the divisors of `number`, as text."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

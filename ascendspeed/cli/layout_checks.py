@@ -74,7 +74,8 @@ def _check_sequence(length: int, parallel: ParallelConfig) -> None:
     if cp > 1 and length % (2 * cp):
         chunks = f"2 x CP = {2 * cp} chunks for --context-parallel-size {cp}"
         raise UserError(
-            f"--seq-length {length} does not split into {chunks}; choose {nearest_multiples(length, multiple)}"
+            f"--seq-length {length} does not split into {chunks}; "
+            f"choose {nearest_multiples(length, multiple)}"
         )
     if parallel.sequence_parallel and length // cp % tp:
         part = f"--seq-length {length}" + (f" / CP {cp} = {length // cp}" if cp > 1 else "")

@@ -2,6 +2,7 @@
 
 from ascendspeed.config.schema import ModelConfig, ParallelConfig
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import divisors
 
 
 def pipeline_stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
@@ -17,7 +18,7 @@ def pipeline_stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[in
     given = {name: layers for name, layers in ends.items() if layers is not None}
     if not given:
         if stages < 1 or num_layers % stages:
-            choices = _divisors(num_layers)
+            choices = divisors(num_layers)
             raise UserError(
                 f"{num_layers} layers do not split over {stages} pipeline stages; choose {choices}"
             )
@@ -55,12 +56,8 @@ def _check_virtual_stages(layers_of: list[int], virtual: int) -> None:
         if virtual < 1 or layers % virtual:
             raise UserError(
                 f"the {layers} layers of each of {len(layers_of)} pipeline stages do not split into "
-                f"{virtual} virtual stages; choose {_divisors(layers)}"
+                f"{virtual} virtual stages; choose {divisors(layers)}"
             )
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def check_pipeline_parallel(model: ModelConfig, size: int) -> None:

@@ -1,6 +1,7 @@
 """Encoding by the compiled BPE: ids equal those of sentencepiece, on texts that try to break a cut."""
 
 import inspect
+import math
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from ascendspeed.tokenization.text_cuts import NoExactCutsError, read_model
 SYMBOLS = ["<|im_end|>", "[UNUSED_1]", "ab ab", "\n\n", "aba"]
 DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 1])
 REAL_ONES = [name for name in ("internlm", "internlm2") if (REAL / name).is_dir()]
-MADE = ["plain", "symbols", "prefix", "unused", "spaces", "equal", "reserved"]
+MADE = ["plain", "symbols", "prefix", "unused", "spaces", "equal", "bits", "reserved"]
 ODD = [
     "\0",
     "\x01",
@@ -80,6 +81,18 @@ def equal_scores(proto) -> None:
         piece.score = -(-piece.score // 64)
 
 
+def odd_scores(proto) -> None:
+    """Gives scores that are equal, not ordered or lower than all as numbers, but not by their bits."""
+    generator = random.Random(4)
+    for piece in proto.pieces:
+        piece.score = generator.choice([0.0, -0.0, math.nan, -math.nan, math.inf, -math.inf, 1e-45, -1e-45])
+
+
+def nest_symbols(proto) -> None:
+    for length in range(1, 66):
+        proto.pieces.add(piece="\u0416" * length, type=4, score=0.0)
+
+
 def reserve_characters(proto) -> None:
     """Makes a piece of a single character CONTROL, and another UNUSED."""
     letters = [piece for piece in proto.pieces if piece.type == 1 and piece.piece in ("b", "e")]
@@ -97,6 +110,7 @@ def models() -> dict[str, bytes]:
         "unused": changed(plain, unuse),
         "spaces": changed(plain, plain_spaces),
         "equal": changed(plain, equal_scores),
+        "bits": changed(plain, odd_scores),
         "reserved": changed(plain, reserve_characters),
     }
     return made | {name: (REAL / name / "tokenizer.model").read_bytes() for name in REAL_ONES}
@@ -195,10 +209,11 @@ def test_a_cut_inside_a_piece_is_seen(models):
 
 
 def test_another_order_of_joins_is_seen(models):
-    """Control: with the opposite scores, ids differ."""
+    """Control: with the opposite order of scores, ids differ."""
     pair, text = Pair(models["plain"]), inspect.getsource(random.Random)
     pair.assert_equal([text])
-    pair.encoder._words._vocabulary[3][:] *= -1
+    ranks = pair.encoder._words._vocabulary[3]
+    ranks[:] = ranks.max() + 1 - ranks
     with pytest.raises(AssertionError, match="class Random"):
         pair.assert_equal([text])
 
@@ -232,6 +247,7 @@ def proto_with(field: str, value) -> object:
         (proto_with("normalizer_spec.remove_extra_whitespaces", True), "removes extra spaces"),
         (proto_with("trainer_spec.treat_whitespace_as_suffix", True), "as suffixes"),
         ({"byte_fallback": False}, "no byte fallback"),
+        (nest_symbols, "more than 64 user-defined symbols"),
         ({"normalization_rule_name": "nmt_nfkc"}, r"\(nmt_nfkc\) changes characters"),
     ],
 )
@@ -243,7 +259,7 @@ def test_other_models_keep_sentencepiece(models, change, reason, caplog):
     with caplog.at_level("INFO"):
         pair.encoder.log_slowness()
         for _ in range(2):
-            pair.assert_equal([*TRAPS, "  ﬁ  Ａ  中文 \u0416\u0416 "])
+            pair.assert_equal([*TRAPS, "  ﬁ  Ａ  中文 \u0416\u0416 ", "\u0416" * 200])
     assert [record.message.partition(",")[0] for record in caplog.records] == [
         "note: folder/tokenizer.model: sentencepiece encodes every text itself"
     ]

@@ -30,7 +30,8 @@ RECENT = 1 << 15
 """Places for words of the same call, whose ids are copied when a word occurs again."""
 MIN_RECENT = 3
 """Characters of a word that is worth a place."""
-NONE = np.float32(-np.inf)
+NONE = np.int32(0)
+"""In place of the rank of a piece: two symbols make none."""
 
 
 def _compiled(function: Callable) -> Callable:
@@ -81,12 +82,12 @@ def word_ends(text, text_ends, rows, columns, is_cut):
 
 
 @_compiled
-def encode_words(text, ends, slots, codes, begins, scores, types, characters, begins_symbol, byte_ids):
+def encode_words(text, ends, slots, codes, begins, ranks, types, characters, begins_symbol, byte_ids):
     """Encodes words: `text` uint32 [characters], `ends` int64 [words], the end of each word in it.
 
-    `slots`, `codes`, `begins`: see `fill_slots`; `scores` float32 and `types` int8 [pieces]; `characters`
-    int32 [code points]: the id of each, `BYTES` or `ELSEWHERE`; `begins_symbol` bool [code points];
-    `byte_ids` int32 [256].
+    `slots`, `codes`, `begins`: see `fill_slots`; `ranks` int32 [pieces]: the higher, the better the score;
+    `types` int8 [pieces]; `characters` int32 [code points]: the id of each, `BYTES` or `ELSEWHERE`;
+    `begins_symbol` bool [code points]; `byte_ids` int32 [256].
 
     Returns ids int32 [ids] and int64 [words], the end of each word's ids, or -1 - this end for a word without
     ids, which sentencepiece itself must encode.
@@ -99,13 +100,13 @@ def encode_words(text, ends, slots, codes, begins, scores, types, characters, be
     mask = np.uint64(len(slots) - 1)
     recent = np.full(RECENT, np.int32(-1))
     # Symbols of a word: id, first character, whether user-defined, hash of its characters; the piece that it
-    # makes with the next symbol, and its score.
+    # makes with the next symbol, and its rank.
     symbols = np.empty(MAX_WORD + 1, np.int32)
     firsts = np.empty(MAX_WORD + 1, np.int64)
     is_frozen = np.empty(MAX_WORD + 1, np.bool_)
     hashes = np.empty(MAX_WORD + 1, np.uint64)
     joined = np.empty(MAX_WORD + 1, np.int32)
-    joined_scores = np.empty(MAX_WORD + 1, np.float32)
+    joined_ranks = np.empty(MAX_WORD + 1, np.int32)
 
     def find(begin, length, hashed):
         """Returns the piece that is text[begin : begin + length], -1 for none."""
@@ -128,14 +129,14 @@ def encode_words(text, ends, slots, codes, begins, scores, types, characters, be
 
     def pair(k):
         """Finds the piece that symbol k makes with the next one."""
-        joined_scores[k] = NONE
+        joined_ranks[k] = NONE
         if not (is_frozen[k] or is_frozen[k + 1]):
             first, behind = firsts[k], firsts[k + 2]
             hashed = hashes[k] * POWERS[behind - firsts[k + 1]] + hashes[k + 1]
             piece = find(first, behind - first, hashed)
             if piece >= 0:
                 joined[k] = piece
-                joined_scores[k] = scores[piece]
+                joined_ranks[k] = ranks[piece]
 
     def split(begin, end):
         """Splits a word into its first symbols; returns their number."""
@@ -162,10 +163,10 @@ def encode_words(text, ends, slots, codes, begins, scores, types, characters, be
         for k in range(count - 1):
             pair(k)
         while True:
-            best, best_score = -1, NONE
+            best, best_rank = -1, NONE
             for k in range(count - 1):
-                if joined_scores[k] > best_score:
-                    best, best_score = k, joined_scores[k]
+                if joined_ranks[k] > best_rank:
+                    best, best_rank = k, joined_ranks[k]
             if best < 0:
                 break
             symbols[best] = joined[best]
@@ -173,7 +174,7 @@ def encode_words(text, ends, slots, codes, begins, scores, types, characters, be
             count -= 1
             for k in range(best + 1, count):
                 symbols[k], is_frozen[k], hashes[k] = symbols[k + 1], is_frozen[k + 1], hashes[k + 1]
-                firsts[k], joined[k], joined_scores[k] = firsts[k + 1], joined[k + 1], joined_scores[k + 1]
+                firsts[k], joined[k], joined_ranks[k] = firsts[k + 1], joined[k + 1], joined_ranks[k + 1]
             firsts[count] = firsts[count + 1]
             for k in range(max(best - 1, 0), min(best + 1, count - 1)):
                 pair(k)

@@ -22,6 +22,8 @@ The proof needs, and `read_model` checks:
 - `treat_whitespace_as_suffix` off. `add_dummy_prefix` then is one space in front of a text that is not empty,
   which the caller adds. `escape_whitespaces` may be on or off: space and U+2581 are one character here.
 - Byte fallback: without it a run of unknown characters becomes one <unk>.
+- At most 64 user-defined symbols that begin with one another: of more, sentencepiece takes the 64th, not the
+  longest.
 
 Control, unknown and byte pieces are never found in text and join nothing. NUL is a character as any other.
 Lone surrogates are no text for sentencepiece, which refuses them.
@@ -39,7 +41,11 @@ BETWEEN = 0xD800
 CODES = 0x110000
 """Number of Unicode's code points."""
 MAX_TABLE_BYTES = 64 << 20
-IN_TEXT = (1, 4, 5)
+MAX_NESTED = 64
+"""User-defined symbols that sentencepiece finds at one position."""
+USER_DEFINED = 4
+"""Of `SentencePiece.Type`."""
+IN_TEXT = (1, USER_DEFINED, 5)
 """Types of the pieces that are found in text: NORMAL, USER_DEFINED and UNUSED of `SentencePiece.Type`."""
 BPE = 2
 """`TrainerSpec.ModelType`."""
@@ -93,7 +99,19 @@ def read_model(data: bytes) -> Any:
         "its normalizer removes extra spaces": rule.remove_extra_whitespaces,
         "it writes spaces as suffixes": trainer.treat_whitespace_as_suffix,
         "it has no byte fallback": not trainer.byte_fallback,
+        f"more than {MAX_NESTED} user-defined symbols begin with one another": _nested(model) > MAX_NESTED,
     }
     if reason := next((reason for reason, applies in reasons.items() if applies), None):
         raise NoExactCutsError(reason)
     return model
+
+
+def _nested(model: Any) -> int:
+    """Returns the largest number of user-defined symbols of which each begins with the one before."""
+    most, chain = 0, list[str]()
+    for symbol in sorted(piece.piece for piece in model.pieces if piece.type == USER_DEFINED):
+        while chain and not symbol.startswith(chain[-1]):
+            chain.pop()
+        chain.append(symbol)
+        most = max(most, len(chain))
+    return most

@@ -36,7 +36,7 @@ class WordEncoder:
         slots = np.zeros(1 << (2 * len(pieces)).bit_length(), np.uint64)
         compiled_bpe.fill_slots(slots, codes, begins)
         self._vocabulary = (
-            *(slots, codes, begins, np.array(scores, np.float32), types),
+            *(slots, codes, begins, _ranks(scores), types),
             *_characters(pieces, types),
         )
         self.encode(["a"])  # compiles, or reads what was compiled before
@@ -72,6 +72,14 @@ class WordEncoder:
         added = np.zeros(len(ends), np.int64)
         added[others] = counts
         return ids, id_ends + np.cumsum(added)
+
+
+def _ranks(scores: Sequence[float]) -> np.ndarray:
+    """Returns the rank of each score, from 1 on, in sentencepiece's order, which is that of the floats' bits:
+    -0 comes before 0, and NaN has a place."""
+    bits = np.array(scores, np.float32).view(np.int32)
+    _, places = np.unique(np.where(bits < 0, bits ^ 0x7FFFFFFF, bits), return_inverse=True)
+    return (places + 1).astype(np.int32)
 
 
 def _characters(pieces: Sequence[str], types: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Whole chain by user commands: data, weights, recipe under the real launcher, resume, corruption, export."""
+"""Whole chain by user commands: data, weights, recipe, resume, corruption, export; the real launcher (slow)."""
 
 import re
 import shutil
@@ -30,7 +30,7 @@ def work(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(work) -> Path:
-    """A run that saves in the middle and at its end; the run that goes on is under the real launcher."""
+    """A run that saves in the middle and at its end."""
     forked_recipe(work, "whole", work / "weights", SAVE_INTERVAL=str(STOP))
     return work
 
@@ -38,14 +38,17 @@ def trained(work) -> Path:
 @pytest.fixture(scope="module")
 def resumed(trained) -> str:
     """Output of a run that goes on from a copy of these checkpoints, the last of which is damaged."""
-    shutil.copytree(trained / "whole", trained / "broken")
-    newest = trained / "broken" / f"step_{ITERS:07}" / "shard-00001-of-00002.safetensors"
+    return forked_recipe(trained, "broken", damaged_copy(trained, "broken"))
+
+
+def damaged_copy(trained: Path, name: str) -> Path:
+    """The checkpoints of the whole run in another folder, the last one with a changed bit."""
+    shutil.copytree(trained / "whole", trained / name)
+    newest = trained / name / f"step_{ITERS:07}" / "shard-00001-of-00002.safetensors"
     content = bytearray(newest.read_bytes())
     content[-100] ^= 1
     newest.write_bytes(content)
-    done = recipe(trained, "broken", trained / "broken")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    return trained / name
 
 
 def test_a_damaged_checkpoint_is_named_and_the_last_good_one_used(trained, resumed):
@@ -53,18 +56,28 @@ def test_a_damaged_checkpoint_is_named_and_the_last_good_one_used(trained, resum
     assert f"resumes from {trained / 'broken' / f'step_{STOP:07}'}: iteration {STOP}" in resumed
 
 
-def test_a_resumed_run_has_the_same_curve_to_the_last_digit(trained, resumed):
-    def logged(name: str) -> list[tuple]:
-        return [
-            (line.iteration, line.loss, line.grad_norm, line.lr)
-            if isinstance(line, TrainLine)
-            else (line.iteration, line.loss)
-            for line in lines(trained, name)
-        ]
+def logged(work: Path, name: str) -> list[tuple]:
+    return [
+        (line.iteration, line.loss, line.grad_norm, line.lr)
+        if isinstance(line, TrainLine)
+        else (line.iteration, line.loss)
+        for line in lines(work, name)
+    ]
 
-    assert len(logged("whole")) == ITERS + 2
-    assert len(logged("broken")) == ITERS - STOP + 1
-    assert logged("broken") == [line for line in logged("whole") if line[0] > STOP]
+
+@pytest.mark.slow
+def test_the_real_launcher_goes_on_alike(trained, resumed):
+    """DeepSpeed's launcher in place of the stand-in."""
+    done = recipe(trained, "launched", damaged_copy(trained, "launched"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"resumes from {trained / 'launched' / f'step_{STOP:07}'}: iteration {STOP}" in done.stdout
+    assert logged(trained, "launched") == logged(trained, "broken")
+
+
+def test_a_resumed_run_has_the_same_curve_to_the_last_digit(trained, resumed):
+    assert len(logged(trained, "whole")) == ITERS + 2
+    assert len(logged(trained, "broken")) == ITERS - STOP + 1
+    assert logged(trained, "broken") == [line for line in logged(trained, "whole") if line[0] > STOP]
     losses = [line.loss for line in lines(trained, "whole") if isinstance(line, TrainLine)]
     assert losses[-1] < losses[0] - 0.2
 

@@ -28,7 +28,10 @@ def here(cpu, tmp_path, monkeypatch):
     return parts.Part(cpu, tmp_path)
 
 
-@pytest.mark.parametrize("name", first_run.LIMITS)
+@pytest.mark.parametrize(
+    "name",  # the engines of "engine" have tests of their own
+    [pytest.param(name, marks=pytest.mark.slow if name == "engine" else []) for name in first_run.LIMITS],
+)
 def test_every_part_fills_its_tables(here, name):
     parts.PARTS[name](here)
     assert here.tables

@@ -1,5 +1,6 @@
 """The pre-training recipe with tiny values, as a command and without its launcher."""
 
+import json
 import os
 import subprocess
 import sys
@@ -75,8 +76,19 @@ def recipe(work: Path, name: str, load: Path, *flags: str, **env: str) -> subpro
     return command(*words, **values_of(work, name, load, **env))
 
 
-def forked_recipe(work: Path, name: str, load: Path, **env: str) -> None:
-    """`recipe`, whose launcher is a stand-in: ranks forked from the server start at once. Must succeed."""
+PARSER = """
+import json, sys
+from deepspeed.launcher.runner import parse_args
+words = parse_args(sys.argv[1:])
+print(json.dumps([words.user_script, words.num_gpus, words.user_args]))
+"""
+
+
+def forked_recipe(work: Path, name: str, load: Path, **env: str) -> str:
+    """Output of rank 0 of `recipe`, whose launcher is a stand-in: ranks forked from the server start at once.
+
+    Must succeed; the words for the launcher must be what DeepSpeed's own parser takes for two ranks.
+    """
     (folder := work / f"{name}.ranks").mkdir()
     program = f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/words\n'
     recipes.program(folder / "bin", "deepspeed", program)
@@ -91,9 +103,11 @@ def forked_recipe(work: Path, name: str, load: Path, **env: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     given = (folder / "words").read_text().splitlines()
-    launch.forked(
-        2, launch.ROOT / "pretrain_intern.py", given[given.index("pretrain_intern.py") + 1 :], folder
-    )
+    (parser := folder / "parse.py").write_text(PARSER)
+    flags = given[given.index("pretrain_intern.py") + 1 :]
+    assert json.loads(launch.must(parser, *given)) == ["pretrain_intern.py", 2, flags]
+    launch.forked(2, launch.ROOT / "pretrain_intern.py", flags, folder)
+    return (folder / "rank0.log").read_text()
 
 
 def lines(work: Path, name: str) -> list[TrainLine | EvalLine]:

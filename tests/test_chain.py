@@ -1,4 +1,4 @@
-"""Whole chain by user commands: data, weights, recipe, resume, corruption, export; the real launcher (slow)."""
+"""Whole chain by user commands: data, weights, recipe, resume, damage, export; slow: the real launcher."""
 
 import re
 import shutil

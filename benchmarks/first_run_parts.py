@@ -22,6 +22,7 @@ from gpu_first_run import START_PART
 
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.distributed import device as devices
+from ascendspeed.distributed import training_kernels
 from ascendspeed.models.families import preset
 
 Call = Callable[[], Any]
@@ -139,10 +140,10 @@ def _check_kernels(part: Part, check: Callable[[str, float, float], None]) -> No
         "swiglu": lambda kernel, x, weight: kernel(x),
     }
     for name, call in calls.items():
-        if kernel := devices.fused_kernel(part.here, name):
+        if kernel := training_kernels.fused_kernel(part.here, name):
             exact = call(getattr(fused_kernels, name), x.cpu().double(), weight.cpu().double())
             check(f"{kernel.source} in bf16, against fp64", _error(call(kernel.call, x, weight), exact), 1e-2)
-    if kernel := devices.fused_kernel(part.here, "weight_gradient"):
+    if kernel := training_kernels.fused_kernel(part.here, "weight_gradient"):
         rows, total = x.flatten(0, 1)[:256], part.random(384, 512, dtype=part.torch.float32)
         exact = total.cpu().double() + gradient.cpu().double().t() @ rows.cpu().double()
         kernel.call(rows, gradient, total)
@@ -170,7 +171,7 @@ def gemm(part: Part) -> None:
     """TFLOP/s of the five products of a layer and the head, forward, backward and into fp32 sums."""
     h, f, vocab = part.model.hidden_size, part.model.ffn_hidden_size, part.model.vocab_size
     shapes = {"qkv": (3 * h, h), "proj": (h, h), "fc1": (2 * f, h), "fc2": (h, f), "head": (vocab, h)}
-    into_sums = devices.fused_kernel(part.here, "weight_gradient")
+    into_sums = training_kernels.fused_kernel(part.here, "weight_gradient")
     columns = ("forward", "dgrad", "wgrad", "wgrad and add", "wgrad into fp32")
     for tokens in (64,) if part.is_dry else (2048, 4096, 8192):
         rows = part.table(f"TFLOP/s in bf16, {tokens} tokens", "product", *columns)
@@ -260,7 +261,7 @@ def pointwise(part: Part) -> None:
     )
     for name, (x, call, passes) in cases.items():
         x.requires_grad_()
-        fused = devices.fused_kernel(part.here, name)
+        fused = training_kernels.fused_kernel(part.here, name)
         for source, kernel in [
             ("torch", getattr(fused_kernels, name)),
             *([(fused.source, fused.call)] if fused else []),

@@ -83,7 +83,7 @@ def ways(segments: Any, here: Any, dtype: str) -> dict[str, Callable]:
     import torch
     from torch.nn import functional as F
 
-    from ascendspeed.distributed.device import fused_kernel
+    from ascendspeed.distributed.training_kernels import fused_kernel
     from ascendspeed.models.gpt.attention import attend_packed
 
     begins = (segments.positions == 0).to(here.torch)

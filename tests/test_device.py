@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from ascendspeed.distributed import device, fused_kernels
+from ascendspeed.distributed import device, fused_kernels, training_kernels
 from ascendspeed.utils.errors import UserError
 
 
@@ -120,7 +120,7 @@ def test_a_wanted_kernel_that_is_not_there_is_said(cpu):
 @pytest.mark.parametrize("operation", ["rms_norm", "rotary", "swiglu"])
 def test_a_gpu_without_fused_packages_gets_torch(operation, monkeypatch):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
-    assert device.fused_kernel(device.Device("cuda", 0, "nccl", "x"), operation) is None
+    assert training_kernels.fused_kernel(device.Device("cuda", 0, "nccl", "x"), operation) is None
 
 
 @pytest.mark.parametrize(("kind", "threads"), [("cuda", 4), ("npu", 4), ("cpu", 1)])

@@ -10,7 +10,7 @@ from helpers.engines import DATA_SEED, MODEL, RUN, STEPS, changes, worst
 from helpers.packed_attention import flat_attention
 
 from ascendspeed.config import lr_schedule, schema
-from ascendspeed.distributed import device, fused_kernels
+from ascendspeed.distributed import device, fused_kernels, training_kernels
 from ascendspeed.models import param_mapping
 
 pytestmark = [
@@ -67,7 +67,7 @@ def test_the_same_layout_resumes_bit_identically(dropout, tmp_path):
 @pytest.mark.parametrize("operation", ["rms_norm", "swiglu"])
 def test_a_fused_kernel_gives_torchs_values_and_gradients(operation):
     here = device.Device("cuda", 0, "nccl", "")
-    kernel = device.fused_kernel(here, operation)
+    kernel = training_kernels.fused_kernel(here, operation)
     if kernel is None:
         pytest.skip("no fused kernel is installed")
     x = torch.randn(64, 2, 512, device="cuda", requires_grad=True)
@@ -113,11 +113,13 @@ def test_packed_documents_equal_the_oracle_on_the_cpu(tmp_path):
 @pytest.mark.parametrize("groups", [8, 2])
 def test_the_kernel_for_documents_gives_the_values_and_gradients_of_all_scores_masked(groups):
     """Against fp64: no coarser than SDPA on each document."""
-    kernel = device.fused_kernel(device.Device("cuda", 0, "nccl", ""), "varlen")
+    kernel = training_kernels.fused_kernel(device.Device("cuda", 0, "nccl", ""), "varlen")
     if kernel is None:
         pytest.skip("no kernel for sequences of various lengths is installed")
     ends = [1, 300, 301, 428, 1024]
-    bounds = device.SequenceBounds(ends, torch.tensor([0, *ends], dtype=torch.int32, device="cuda"), 596)
+    bounds = training_kernels.SequenceBounds(
+        ends, torch.tensor([0, *ends], dtype=torch.int32, device="cuda"), 596
+    )
     q, k, v = (
         torch.randn(1024, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, groups, groups)
     )

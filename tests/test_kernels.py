@@ -7,7 +7,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.distributed import fused_kernels
-from ascendspeed.distributed.device import Device, FusedKernel
+from ascendspeed.distributed.device import Device
+from ascendspeed.distributed.training_kernels import FusedKernel
 from ascendspeed.models.gpt.rope import Rope
 
 S, B, HEADS, D = 7, 3, 2, 8

@@ -73,6 +73,7 @@ MEGATRON = {
 }
 DEVICE_WORDS = {
     "distributed.device": "whatever depends on the kind of device",
+    "distributed.training_kernels": "its kernels of the layers",
     "distributed.inference_kernels": "its kernels of inference",
     "distributed.cuda_graphs": "torch's graphs, which no other device has under this interface",
     "config.schema.choices": "the choices of --device",

@@ -114,7 +114,7 @@ def test_each_correction_is_needed(correction, layout, message, tmp_path, monkey
 
 
 def test_more_packed_sequences_than_the_kernel_takes_go_in_several_calls(monkeypatch):
-    from ascendspeed.distributed import device
+    from ascendspeed.distributed import training_kernels
 
     calls = []
 
@@ -126,8 +126,8 @@ def test_more_packed_sequences_than_the_kernel_takes_go_in_several_calls(monkeyp
 
     ends = [3, *range(4, 2054)]
     q = torch.arange(ends[-1] * 2.0).view(-1, 1, 2)
-    bounds = device.SequenceBounds(ends, torch.tensor([0, *ends]), 3)
-    assert torch.equal(device._varlen_npu(kernel, q, q, 2 * q, bounds), 3 * q)
+    bounds = training_kernels.SequenceBounds(ends, torch.tensor([0, *ends]), 3)
+    assert torch.equal(training_kernels._varlen_npu(kernel, q, q, 2 * q, bounds), 3 * q)
     assert [len(call) for call in calls] == [1024, 1024, 3]
     assert [call[0] for call in calls] == [3, 1, 1]
 

@@ -1,5 +1,6 @@
 """Kernels of attention within packed documents: which one is used, and with which arguments."""
 
+import importlib.util
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from helpers.packed_attention import GROUPED, flat_attention, positions
 
 from ascendspeed.config.schema import ParallelConfig, TrainConfig
-from ascendspeed.distributed import device
+from ascendspeed.distributed import device, training_kernels
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.models import param_mapping
 
@@ -22,7 +23,7 @@ def test_a_kernel_is_used_where_it_can_be(cpu):
     calls, layout = [], ParallelConfig()
 
     def varlen(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: device.SequenceBounds
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: training_kernels.SequenceBounds
     ) -> torch.Tensor:
         calls.append(bounds)
         return flat_attention(q.float(), k.float(), v.float(), bounds.ends).to(q.dtype)
@@ -106,7 +107,7 @@ def cuda_kernels() -> dict[str, tuple[str, Any]]:
 def by_bounds(call: Any) -> None:
     """Asks a kernel for three sequences, and compares."""
     q, k, v = (torch.randn(12, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    bounds = device.SequenceBounds([5, 6, 12], torch.tensor([0, 5, 6, 12], dtype=torch.int32), 6)
+    bounds = training_kernels.SequenceBounds([5, 6, 12], torch.tensor([0, 5, 6, 12], dtype=torch.int32), 6)
     torch.testing.assert_close(
         call(q, k, v, bounds), flat_attention(q, k, v, bounds.ends), rtol=0, atol=1e-12
     )
@@ -117,17 +118,17 @@ def test_cuda_kernels_are_asked_in_their_own_words(monkeypatch, name):
     package, kernel = cuda_kernels()[name]
     module = SimpleNamespace(flash_attn_varlen_func=kernel, varlen_attn=kernel)
     monkeypatch.setattr(
-        device.importlib.util, "find_spec", lambda module_name: module if module_name == package else None
+        importlib.util, "find_spec", lambda module_name: module if module_name == package else None
     )
-    monkeypatch.setattr(device.importlib, "import_module", lambda module_name: module)
-    fused = device.fused_kernel(device.Device("cuda", 0, "nccl", "stand-in"), "varlen")
+    monkeypatch.setattr(importlib, "import_module", lambda module_name: module)
+    fused = training_kernels.fused_kernel(device.Device("cuda", 0, "nccl", "stand-in"), "varlen")
     assert fused.source.startswith(package)
     by_bounds(fused.call)
 
 
 def test_torch_kernel_accepts_our_arguments():
     """Signature in the installed torch; its results need a GPU to be checked."""
-    kernel_choice = device._varlen_cuda()
+    kernel_choice = training_kernels._varlen_cuda()
     kernel, words, _ = kernel_choice.call.args
     inspect.signature(kernel).bind(*range(7), **words)
     assert set(words) <= {"window_size", "is_causal", "enable_gqa", "causal"}
@@ -146,7 +147,7 @@ def test_the_npu_kernel_is_asked_as_its_pages_say(monkeypatch):
         return flat_attention(query, key, value, ends["actual_seq_qlen"]), None, None
 
     module = SimpleNamespace(npu_fusion_attention=npu_fusion_attention)
-    monkeypatch.setattr(device.importlib, "import_module", lambda module_name: module)
-    kernel = device.fused_kernel(device.Device("npu", 0, "hccl", "stand-in"), "varlen")
+    monkeypatch.setattr(importlib, "import_module", lambda module_name: module)
+    kernel = training_kernels.fused_kernel(device.Device("npu", 0, "hccl", "stand-in"), "varlen")
     assert kernel.source == "torch_npu.npu_fusion_attention"
     by_bounds(kernel.call)

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ascendspeed.distributed import inference_kernels, onednn
-from ascendspeed.distributed.device import Device, SequenceBounds, fused_kernel
+from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.inference_kernels import Int8Linear, PagedAttention
 from ascendspeed.distributed.layer_compiler import LayerCompiler
+from ascendspeed.distributed.training_kernels import SequenceBounds, fused_kernel
 from ascendspeed.distributed.triton_kernels import selection
 
 NO_KERNEL = "torch (no fused kernel is installed for this device)"

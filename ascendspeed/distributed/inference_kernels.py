@@ -231,7 +231,7 @@ def _npu(
 ) -> Tensor:
     attended: tuple[Any, ...] = kernel(
         *(q, keys.flatten(2), values.flatten(2)),
-        atten_mask=_future_mask(q.device),
+        atten_mask=future_mask(q.device),
         block_table=batch.table,
         block_size=keys.size(1),
         input_layout="TND",
@@ -246,6 +246,6 @@ def _npu(
 
 
 @functools.lru_cache(1)
-def _future_mask(device: torch.device) -> Tensor:
-    """bool [MASK_SIZE, MASK_SIZE], True where a key is later than the query."""
+def future_mask(device: torch.device) -> Tensor:
+    """bool [MASK_SIZE, MASK_SIZE] for the NPU's causal kernels: True where a key is later than the query."""
     return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device).triu(1)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ascendspeed.distributed.device import SequenceBounds
 from ascendspeed.distributed.fused_kernels import Kernels
+from ascendspeed.distributed.training_kernels import SequenceBounds
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from ascendspeed.distributed.device import SequenceBounds
+from ascendspeed.distributed.training_kernels import SequenceBounds
 from ascendspeed.models.gpt.rope import Rope
 from ascendspeed.models.gpt.sequence_shard import WHOLE_SEQUENCE, SequenceShard
 from ascendspeed.utils.errors import UserError

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ascendspeed.cli import parser
-from ascendspeed.training import metrics_log
+from ascendspeed.training import metric_lines
 from ascendspeed.utils import errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,8 +123,8 @@ def train(options: Options, work: Path, behind: bool) -> RunTimings:
     saves = [(float(a), float(b or a)) for a, b in SAVED.findall(path.read_text())]
     lines = [
         line
-        for line in metrics_log.read_lines(path)
-        if isinstance(line, metrics_log.TrainLine) and line.iteration > 1
+        for line in metric_lines.read_lines(path)
+        if isinstance(line, metric_lines.TrainLine) and line.iteration > 1
     ]  # the first iteration warms up
     calm, busy = [], []
     for line in lines:

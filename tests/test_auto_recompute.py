@@ -11,7 +11,7 @@ from helpers import launch, tiny_run
 
 from ascendspeed.config.schema import Run
 from ascendspeed.planning import auto_recompute, command
-from ascendspeed.training.metrics_log import TrainLine, read_lines
+from ascendspeed.training.metric_lines import TrainLine, read_lines
 from ascendspeed.utils.errors import UserError
 
 MIB = 2**20

@@ -10,7 +10,7 @@ import torch
 from helpers import launch
 from helpers.chain import ITERS, STOP, command, forked_recipe, lines, prepare_tokens, recipe
 
-from ascendspeed.training.metrics_log import EvalLine, TrainLine
+from ascendspeed.training.metric_lines import EvalLine, TrainLine
 
 
 @pytest.fixture(scope="module")

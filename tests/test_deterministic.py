@@ -7,7 +7,7 @@ from helpers import launch
 
 from ascendspeed.data.indexed.megatron_pair import PairWriter
 from ascendspeed.distributed import device
-from ascendspeed.training.metrics_log import TrainLine, read_lines
+from ascendspeed.training.metric_lines import TrainLine, read_lines
 from ascendspeed.utils.errors import UserError
 
 

@@ -11,8 +11,8 @@ from helpers import evaluating, launch
 from ascendspeed.cli import train_args
 from ascendspeed.evaluation import training_scores
 from ascendspeed.run_report import page, run_log
+from ascendspeed.training.metric_lines import ScoreLine, TrainLine, format_line, parse_line, scalars
 from ascendspeed.training.metrics_file import as_json
-from ascendspeed.training.metrics_log import ScoreLine, TrainLine, format_line, parse_line, scalars
 from ascendspeed.utils.errors import UserError
 
 

@@ -14,7 +14,7 @@ from ascendspeed.data.handlers.base import EncoderConfig
 from ascendspeed.data.preprocess import preprocess
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import template_name
-from ascendspeed.training.metrics_log import TrainLine, read_lines
+from ascendspeed.training.metric_lines import TrainLine, read_lines
 
 DOCUMENTS, SEQ, MODEL = (
     16,

@@ -39,6 +39,7 @@ TORCH_FREE = [
     "utils.safe_io",
     "config.schema",
     "training.metrics_log",
+    "training.metric_lines",
     "checkpoint.paths",
     "models.families",
     "models.estimates",

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ascendspeed.training import metrics_log
+from ascendspeed.training import metric_lines, metrics_log
 from ascendspeed.utils.errors import UserError
 
-FULL = metrics_log.TrainLine(
+FULL = metric_lines.TrainLine(
     time="2026-11-21 12:00:00",
     iteration=10,
     train_iters=100,
@@ -58,7 +58,7 @@ MEGATRON = (
 
 count, number = st.integers(0, 10**15), st.floats(0, 1e12)
 lines = st.builds(
-    metrics_log.TrainLine,
+    metric_lines.TrainLine,
     time=st.datetimes().map(lambda t: t.replace(year=2026).strftime("%Y-%m-%d %H:%M:%S")),
     iteration=st.integers(0, 10**9),
     train_iters=st.integers(0, 10**9),
@@ -82,15 +82,15 @@ lines = st.builds(
 
 
 def test_the_line_as_it_looks():
-    assert metrics_log.format_line(FULL) == FULL_TEXT
-    assert metrics_log.parse_line(FULL_TEXT) == FULL
+    assert metric_lines.format_line(FULL) == FULL_TEXT
+    assert metric_lines.parse_line(FULL_TEXT) == FULL
 
 
 @settings(max_examples=300)
 @given(lines)
 def test_round_trip(line):
-    read = metrics_log.parse_line(metrics_log.format_line(line))
-    assert metrics_log.format_line(read) == metrics_log.format_line(line)
+    read = metric_lines.parse_line(metric_lines.format_line(line))
+    assert metric_lines.format_line(read) == metric_lines.format_line(line)
     whole = (
         "iteration",
         "train_iters",
@@ -104,15 +104,15 @@ def test_round_trip(line):
     )
     for name in (*whole, "time"):
         assert getattr(read, name) == getattr(line, name)
-    unknown = {f.name for f in metrics_log.FIELDS if getattr(line, f.name) is None}
-    assert unknown == {f.name for f in metrics_log.FIELDS if getattr(read, f.name) is None}
+    unknown = {f.name for f in metric_lines.FIELDS if getattr(line, f.name) is None}
+    assert unknown == {f.name for f in metric_lines.FIELDS if getattr(read, f.name) is None}
 
 
 @given(st.floats(width=32, allow_nan=False))
 def test_an_fp32_number_comes_back_bit_for_bit(number):
-    line = metrics_log.parse_line(
-        metrics_log.format_line(
-            metrics_log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=number, grad_norm=number)
+    line = metric_lines.parse_line(
+        metric_lines.format_line(
+            metric_lines.TrainLine("2026-11-21 12:00:00", 1, 2, loss=number, grad_norm=number)
         )
     )
     assert struct.pack("f", line.loss) == struct.pack("f", line.grad_norm) == struct.pack("f", number)
@@ -121,40 +121,40 @@ def test_an_fp32_number_comes_back_bit_for_bit(number):
 def test_lines_of_older_logs_are_read():
     """The gradient norm with six decimals, and nothing about the interval."""
     old = FULL_TEXT.replace("1.23400000E+00", "1.234000").replace(" iterations in interval:  10 |", "")
-    assert metrics_log.parse_line(old) == replace(FULL, interval=None)
+    assert metric_lines.parse_line(old) == replace(FULL, interval=None)
 
 
 def test_control_eight_digits_would_lose_bits():
     a, b = (struct.unpack("f", struct.pack("I", 0x40C3F35D + i))[0] for i in range(2))
     assert f"{a:.5E}" == f"{b:.5E}"  # Megatron's own format
-    assert metrics_log.format_line(metrics_log.EvalLine(1, a)) != metrics_log.format_line(
-        metrics_log.EvalLine(1, b)
+    assert metric_lines.format_line(metric_lines.EvalLine(1, a)) != metric_lines.format_line(
+        metric_lines.EvalLine(1, b)
     )
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_not_a_number(loss):
     assert str(
-        metrics_log.parse_line(
-            metrics_log.format_line(metrics_log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=loss))
+        metric_lines.parse_line(
+            metric_lines.format_line(metric_lines.TrainLine("2026-11-21 12:00:00", 1, 2, loss=loss))
         ).loss
     ) == str(loss)
-    assert str(metrics_log.parse_line(metrics_log.format_line(metrics_log.EvalLine(1, loss))).loss) == str(
+    assert str(metric_lines.parse_line(metric_lines.format_line(metric_lines.EvalLine(1, loss))).loss) == str(
         loss
     )
 
 
 @given(st.integers(0, 10**9), st.floats(0, 1e6), st.sampled_from(["validation", "test"]))
 def test_eval_line(iteration, loss, split):
-    text = metrics_log.format_line(metrics_log.EvalLine(iteration, loss, split))
+    text = metric_lines.format_line(metric_lines.EvalLine(iteration, loss, split))
     assert text.startswith(f" {split} loss at iteration {iteration} | lm loss value: ")
-    read = metrics_log.parse_line(text)
+    read = metric_lines.parse_line(text)
     assert (read.iteration, read.split) == (iteration, split)
     assert read.loss == pytest.approx(loss, rel=1e-8)
 
 
 def test_megatrons_own_line():
-    line = metrics_log.parse_line(MEGATRON)
+    line = metric_lines.parse_line(MEGATRON)
     assert (line.iteration, line.train_iters, line.samples, line.loss, line.nans) == (
         100,
         500000,
@@ -166,14 +166,14 @@ def test_megatrons_own_line():
 
 
 def test_a_launcher_may_prefix_it():
-    assert metrics_log.parse_line("worker-1: " + FULL_TEXT + "\n") == FULL
+    assert metric_lines.parse_line("worker-1: " + FULL_TEXT + "\n") == FULL
 
 
 def test_a_torn_line_gives_no_wrong_number():
     for cut in range(1, len(FULL_TEXT)):
-        line = metrics_log.parse_line(FULL_TEXT[:-cut])
+        line = metric_lines.parse_line(FULL_TEXT[:-cut])
         if line is not None:  # torn at a bar: the shown part is right
-            assert all(getattr(line, f.name) in (None, getattr(FULL, f.name)) for f in metrics_log.FIELDS)
+            assert all(getattr(line, f.name) in (None, getattr(FULL, f.name)) for f in metric_lines.FIELDS)
             assert (line.iteration, line.train_iters) == (10, 100)
 
 
@@ -181,7 +181,7 @@ def test_a_torn_line_gives_no_wrong_number():
     "text", ["", "hello", "lm loss: 3", FULL_TEXT.replace("6.12345678E+00", "6.1.2"), "iteration 3/ 4 |"]
 )
 def test_other_text_is_no_line(text):
-    assert metrics_log.parse_line(text) is None
+    assert metric_lines.parse_line(text) is None
 
 
 def test_logger_appends_once_and_whole(tmp_path, capsys):
@@ -193,17 +193,20 @@ def test_logger_appends_once_and_whole(tmp_path, capsys):
         metrics_log.MetricsLogger(0, tmp_path / "logs") as second,
         metrics_log.MetricsLogger(1, tmp_path / "logs") as other,
     ):
-        second.line(metrics_log.EvalLine(10, 6.2))
+        second.line(metric_lines.EvalLine(10, 6.2))
         other.say("not rank 0")
     text = (tmp_path / "logs/train.log").read_text()
     assert (
-        text == f"hello\n{FULL_TEXT}\nhalf a li\n{metrics_log.format_line(metrics_log.EvalLine(10, 6.2))}\n"
+        text == f"hello\n{FULL_TEXT}\nhalf a li\n{metric_lines.format_line(metric_lines.EvalLine(10, 6.2))}\n"
     )
     assert (
         capsys.readouterr().out
-        == f"hello\n{FULL_TEXT}\n{metrics_log.format_line(metrics_log.EvalLine(10, 6.2))}\n"
+        == f"hello\n{FULL_TEXT}\n{metric_lines.format_line(metric_lines.EvalLine(10, 6.2))}\n"
     )
-    assert list(metrics_log.read_lines(tmp_path / "logs/train.log")) == [FULL, metrics_log.EvalLine(10, 6.2)]
+    assert list(metric_lines.read_lines(tmp_path / "logs/train.log")) == [
+        FULL,
+        metric_lines.EvalLine(10, 6.2),
+    ]
 
 
 def test_logger_is_line_buffered(tmp_path):
@@ -241,12 +244,12 @@ def test_a_full_disk_under_stdout_does_not_stop_the_run(tmp_path):
 OTHER_THREAD = "Exception in thread other"
 LIMITED = """
 import resource, signal, sys, threading
-from ascendspeed.training import metrics_log
+from ascendspeed.training import metric_lines, metrics_log
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with metrics_log.MetricsLogger(0, None, sys.argv[1]) as all:
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
     while all._board:
-        all.line(metrics_log.EvalLine(1, 6.2))
+        all.line(metric_lines.EvalLine(1, 6.2))
     other = threading.Thread(target=lambda: 1 / 0, name="other")
     other.start()
     other.join()
@@ -271,7 +274,7 @@ def test_unwritable_places_are_named(tmp_path):
     with pytest.raises(UserError, match="choose another --log-dir"):
         metrics_log.MetricsLogger(0, tmp_path / "file")
     with pytest.raises(UserError, match="cannot read"):
-        list(metrics_log.read_lines(tmp_path / "nothing"))
+        list(metric_lines.read_lines(tmp_path / "nothing"))
 
 
 def test_tensorboard(tmp_path):
@@ -279,7 +282,7 @@ def test_tensorboard(tmp_path):
 
     with metrics_log.MetricsLogger(0, None, tmp_path) as logger:
         logger.line(FULL)
-        logger.line(metrics_log.EvalLine(10, 6.2))
+        logger.line(metric_lines.EvalLine(10, 6.2))
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Scalars("lm loss")[0].value == pytest.approx(FULL.loss)
     assert events.Scalars("lm loss validation")[0].step == 10
@@ -288,20 +291,20 @@ def test_tensorboard(tmp_path):
 @pytest.mark.parametrize("columns", [60, 80, 100, 119])
 def test_the_line_of_a_narrow_terminal(columns):
     """It fits, and loss and iteration are those of the full line, to the last bit."""
-    text = metrics_log.compact_line(FULL, columns)
+    text = metric_lines.compact_line(FULL, columns)
     assert len(text) <= columns
-    fields, whole = metrics_log.split_fields(text), metrics_log.split_fields(FULL_TEXT)
+    fields, whole = metric_lines.split_fields(text), metric_lines.split_fields(FULL_TEXT)
     assert fields["lm loss"] == whole["lm loss"]
     assert (fields["iteration"], fields["train iters"]) == ("10", "100")
-    labels = fields.keys() & {field.label for field in metrics_log.FIELDS}
+    labels = fields.keys() & {field.label for field in metric_lines.FIELDS}
     assert all(fields[label] == whole[label] for label in labels)
     assert ("time left" in fields) == (columns > 60)
 
 
 def test_a_narrow_terminal_shows_skipped_iterations_first():
-    text = metrics_log.compact_line(replace(FULL, skipped=2, nans=1), 110)
+    text = metric_lines.compact_line(replace(FULL, skipped=2, nans=1), 110)
     assert "number of skipped iterations: 2 | number of nan iterations: 1 |" in text
-    assert "skipped" not in metrics_log.compact_line(FULL, 1000)
+    assert "skipped" not in metric_lines.compact_line(FULL, 1000)
 
 
 @pytest.mark.parametrize(("is_terminal", "columns"), [(True, 80), (True, 200), (False, 80)])
@@ -314,7 +317,7 @@ def test_a_terminal_gets_the_compact_line_and_the_file_the_whole_one(
         log.line(FULL)
         logging.getLogger("ascendspeed").info("run: {long}", extra={"terminal": "run: short"})
     assert (tmp_path / "train.log").read_text() == f"start: now\n{FULL_TEXT}\nrun: {{long}}\n"
-    line = metrics_log.compact_line(FULL, columns) if is_terminal and columns < 120 else FULL_TEXT
+    line = metric_lines.compact_line(FULL, columns) if is_terminal and columns < 120 else FULL_TEXT
     assert capsys.readouterr().out == f"{line}\n{'run: short' if is_terminal else 'run: {long}'}\n"
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ascendspeed.config.schema import LoraConfig, ParallelConfig, Run
 from ascendspeed.conversion import weights_identity
 from ascendspeed.models.lora import targets
-from ascendspeed.training.metrics_log import read_lines
+from ascendspeed.training.metric_lines import read_lines
 from ascendspeed.utils.errors import UserError
 
 

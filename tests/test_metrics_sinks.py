@@ -9,8 +9,9 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.training import trackers
+from ascendspeed.training.metric_lines import EvalLine, TrainLine, scalars
 from ascendspeed.training.metrics_file import MetricsFile
-from ascendspeed.training.metrics_log import EvalLine, MetricsLogger, TrainLine, scalars
+from ascendspeed.training.metrics_log import MetricsLogger
 from ascendspeed.utils.errors import UserError
 
 

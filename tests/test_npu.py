@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from ascendspeed.config import schema
 from ascendspeed.data.indexed.megatron_pair import PairWriter
 from ascendspeed.tokenization import tokenizer
-from ascendspeed.training.metrics_log import TrainLine, read_lines
+from ascendspeed.training.metric_lines import TrainLine, read_lines
 
 STEPS = 2
 MEGATRON = {"deepspeed": False, "zero_stage": 2}

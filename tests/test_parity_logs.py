@@ -17,7 +17,7 @@ from ascendspeed.loss_compare.curve import (
     parse_number,
     parse_step,
 )
-from ascendspeed.training import metrics_log
+from ascendspeed.training import metric_lines, metrics_log
 from ascendspeed.utils.errors import UserError
 
 NOISE = """\
@@ -257,8 +257,8 @@ def board(tmp_path):
 def test_our_events(tmp_path):
     with metrics_log.MetricsLogger(0, None, tmp_path) as logger:
         for i in (1, 2):
-            logger.line(metrics_log.parse_line(ours(i, 2.0 + i, ms_per_iteration=12.5)))
-            logger.line(metrics_log.EvalLine(i, 9.0))
+            logger.line(metric_lines.parse_line(ours(i, 2.0 + i, ms_per_iteration=12.5)))
+            logger.line(metric_lines.EvalLine(i, 9.0))
     curve = read_logs.read_log(tmp_path)
     assert curve.steps == tuple(LoggedStep(i, 8 * i, 128 * i, 2.0 + i, 1.0, ms=12.5) for i in (1, 2))
     assert read_logs.read_log(next(tmp_path.iterdir())).steps == curve.steps

@@ -13,7 +13,7 @@ from helpers.launch import ROOT
 from ascendspeed.cli import train_args
 from ascendspeed.run_report import page, run_log
 from ascendspeed.training import profile_summary
-from ascendspeed.training.metrics_log import TrainLine, format_line
+from ascendspeed.training.metric_lines import TrainLine, format_line
 from ascendspeed.training.profile_summary import DATA, ITERATION
 from ascendspeed.utils.errors import UserError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import corpus, launch
 
-from ascendspeed.training import metrics_log
+from ascendspeed.training import metric_lines
 
 QUICKSTART = "examples/intern/quickstart.sh"
 PYTHON = """#!/usr/bin/env bash
@@ -185,10 +185,8 @@ def report():
 
 def line(iteration: int, loss: float) -> str:
     more = {"tokens_per_s": 10.0, "memory_gib": 1.0}
-    return (
-        metrics_log.format_line(metrics_log.TrainLine("2026-01-01 00:00:00", iteration, 4, loss=loss, **more))
-        + "\n"
-    )
+    line = metric_lines.TrainLine("2026-01-01 00:00:00", iteration, 4, loss=loss, **more)
+    return metric_lines.format_line(line) + "\n"
 
 
 def test_report_counts_an_iteration_once(report, tmp_path):
@@ -197,7 +195,7 @@ def test_report_counts_an_iteration_once(report, tmp_path):
     )
     train = report.log_lines(tmp_path / "train.log")
     assert [(line.iteration, line.loss) for line in train] == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 2.0)]
-    rows = report.of_training(tmp_path, train, [metrics_log.EvalLine(2, 9.0), metrics_log.EvalLine(4, 3.0)])
+    rows = report.of_training(tmp_path, train, [metric_lines.EvalLine(2, 9.0), metric_lines.EvalLine(4, 3.0)])
     assert ("training loss, first -> last", "4.0000 -> 2.0000 (4 iterations)") in rows
     assert ("validation loss: rows that --split set aside", "3.0000") in rows
 
@@ -229,9 +227,9 @@ def test_held_out_rows_have_the_form_of_training_rows(report, tmp_path):
 
 def test_the_picture_has_loss_rate_and_norm(report, tmp_path):
     lines = [
-        metrics_log.TrainLine("t", i, 4, loss=4.0 / i, lr=1e-3 / i, grad_norm=1.0 * i) for i in range(1, 5)
+        metric_lines.TrainLine("t", i, 4, loss=4.0 / i, lr=1e-3 / i, grad_norm=1.0 * i) for i in range(1, 5)
     ]
-    report.draw([*lines, metrics_log.EvalLine(4, 2.0)], tmp_path / "loss.png")
+    report.draw([*lines, metric_lines.EvalLine(4, 2.0)], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -22,7 +22,7 @@ from ascendspeed.config.schema import ParallelConfig, Run
 from ascendspeed.data.indexed.megatron_pair import PairWriter
 from ascendspeed.models import estimates
 from ascendspeed.models.families import PRESETS
-from ascendspeed.training.metrics_log import TrainLine, read_lines
+from ascendspeed.training.metric_lines import TrainLine, read_lines
 from ascendspeed.utils.errors import UserError
 
 RECIPES = {

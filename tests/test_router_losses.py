@@ -18,7 +18,7 @@ from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.gpt.router_losses import valid_tokens_of
-from ascendspeed.training.metrics_log import TrainLine, format_line, parse_line
+from ascendspeed.training.metric_lines import TrainLine, format_line, parse_line
 from ascendspeed.utils.errors import UserError
 
 STEPS = 3

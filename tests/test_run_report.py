@@ -11,7 +11,7 @@ import pytest
 from ascendspeed.commands import report
 from ascendspeed.run_report import page, svg_chart
 from ascendspeed.run_report.run_log import parse, read_run
-from ascendspeed.training.metrics_log import EvalLine, TrainLine, format_line
+from ascendspeed.training.metric_lines import EvalLine, TrainLine, format_line
 from ascendspeed.utils.errors import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

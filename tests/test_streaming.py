@@ -33,7 +33,7 @@ from ascendspeed.data.splits import split_range
 from ascendspeed.data.streaming import stream
 from ascendspeed.data.streaming.permutation import Permutation
 from ascendspeed.data.streaming.prefetch import Prefetch
-from ascendspeed.training.metrics_log import TrainLine, read_lines
+from ascendspeed.training.metric_lines import TrainLine, read_lines
 from ascendspeed.utils.errors import UserError
 
 SEED, VOCAB, SEQ, LONG, ROWS = 7, 2048, 48, 160, 300

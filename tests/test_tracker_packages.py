@@ -12,7 +12,8 @@ from test_metrics_sinks import line, run_of
 
 from ascendspeed.config.schema import Run
 from ascendspeed.training import trackers
-from ascendspeed.training.metrics_log import EvalLine, MetricsLine, MetricsLogger, ScoreLine, scalars
+from ascendspeed.training.metric_lines import EvalLine, MetricsLine, ScoreLine, scalars
+from ascendspeed.training.metrics_log import MetricsLogger
 
 pytestmark = pytest.mark.slow
 LINES = (

@@ -10,7 +10,8 @@ import torch
 from helpers.log_lines import log_lines
 
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.training.metrics_log import EvalLine, MetricsLogger, TrainLine, read_lines
+from ascendspeed.training.metric_lines import EvalLine, TrainLine, read_lines
+from ascendspeed.training.metrics_log import MetricsLogger
 from ascendspeed.utils.errors import UserError
 
 MODEL = ModelConfig(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ascendspeed.distributed.device import Device
     from ascendspeed.distributed.process_groups import ProcessGrid
     from ascendspeed.training.engines import Engine
-    from ascendspeed.training.metrics_log import ScoreLine
+    from ascendspeed.training.metric_lines import ScoreLine
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def _layout_of(parallel: ParallelConfig) -> ParallelConfig:
 
 
 def _line(score: Any, step: int) -> "ScoreLine":
-    from ascendspeed.training.metrics_log import ScoreLine
+    from ascendspeed.training.metric_lines import ScoreLine
 
     means = score.groups["all"]
     name = score.benchmark.name.replace(" ", "_")

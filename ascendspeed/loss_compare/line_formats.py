@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
-from ascendspeed.training import metrics_log
+from ascendspeed.training import metric_lines
 
 Fields = dict[str, str]
 """Label -> text of one log line."""
@@ -32,7 +32,7 @@ def megatron_fields(line: str) -> Fields | None:
     """Splits `iteration 10/ 100 | consumed samples: 640 | ... |`, but not NeMo's lines, whose iteration is
     that of the epoch.
     """
-    return None if "Training epoch " in line else metrics_log.split_fields(line)
+    return None if "Training epoch " in line else metric_lines.split_fields(line)
 
 
 def internevo_fields(line: str) -> Fields | None:

@@ -19,7 +19,7 @@ from ascendspeed.config import schema
 from ascendspeed.config.pipeline_stages import pipeline_stage_layers
 from ascendspeed.config.schema import Run
 from ascendspeed.planning import command
-from ascendspeed.training.metrics_log import EvalLine, TrainLine
+from ascendspeed.training.metric_lines import EvalLine, TrainLine
 from ascendspeed.utils.errors import UserError
 
 if TYPE_CHECKING:

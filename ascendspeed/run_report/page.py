@@ -10,7 +10,7 @@ from typing import Any
 from ascendspeed.loss_compare.page_template import STYLE, environment
 from ascendspeed.run_report.run_log import RunLog, read_run
 from ascendspeed.run_report.svg_chart import Series, draw_chart
-from ascendspeed.training.metrics_log import MetricsLine
+from ascendspeed.training.metric_lines import MetricsLine
 from ascendspeed.training.profile_summary import FOLDER, SUMMARY_NAME
 from ascendspeed.utils.atomic import write_file
 from ascendspeed.utils.errors import UserError

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.training.metrics_log import EvalLine, ScoreLine, TrainLine, parse_line
+from ascendspeed.training.metric_lines import EvalLine, ScoreLine, TrainLine, parse_line
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.run_record import LOG_NAME
 

@@ -30,7 +30,8 @@ from ascendspeed.models import estimates
 from ascendspeed.training.data_setup import BatchFunction
 from ascendspeed.training.engines import Engine, StepResult
 from ascendspeed.training.fault_tolerance import RunMonitor
-from ascendspeed.training.metrics_log import EvalLine, MetricsLogger, ScoreLine, TrainLine
+from ascendspeed.training.metric_lines import EvalLine, ScoreLine, TrainLine
+from ascendspeed.training.metrics_log import MetricsLogger
 from ascendspeed.training.profiling import StepProfiler
 from ascendspeed.training.setup import Start
 from ascendspeed.utils.errors import UserError

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.training.metrics_log import MetricsLine, ScoreLine
+from ascendspeed.training.metric_lines import MetricsLine, ScoreLine
 from ascendspeed.utils.atomic import write_file
 from ascendspeed.utils.errors import UserError
 

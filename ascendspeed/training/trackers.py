@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.config.schema import Run, TrainConfig, to_dict
-from ascendspeed.training.metrics_log import MetricsLine, scalars
+from ascendspeed.training.metric_lines import MetricsLine, scalars
 from ascendspeed.utils.atomic import write_file
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import read_json_object

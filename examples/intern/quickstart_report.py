@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from ascendspeed.cli import parser
-from ascendspeed.training import metrics_log
+from ascendspeed.training import metric_lines
 from ascendspeed.utils import errors
 
 
@@ -88,7 +88,7 @@ def their_loss(work: Path, samples: Any) -> float:
 def log_lines(path: Path) -> list[Any]:
     """Returns every iteration and evaluation once; lines of a resumed run replace those of the killed one."""
     lines = (
-        {(type(line), line.iteration): line for line in metrics_log.read_lines(path)}
+        {(type(line), line.iteration): line for line in metric_lines.read_lines(path)}
         if path.is_file()
         else {}
     )
@@ -132,8 +132,8 @@ def draw(lines: list[Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    train = [line for line in lines if isinstance(line, metrics_log.TrainLine)]
-    valid = [line for line in lines if isinstance(line, metrics_log.EvalLine)]
+    train = [line for line in lines if isinstance(line, metric_lines.TrainLine)]
+    valid = [line for line in lines if isinstance(line, metric_lines.EvalLine)]
     figure, (losses, rates, norms) = pyplot.subplots(
         3, 1, figsize=(7, 6.5), dpi=120, sharex=True, height_ratios=(3, 1, 1), layout="constrained"
     )
@@ -179,8 +179,8 @@ def main() -> None:
     samples = held_out(work, options.length)
     ours, theirs = our_loss(work, samples), their_loss(work, samples)
     lines = log_lines(work / "logs" / "train.log")
-    train = [line for line in lines if isinstance(line, metrics_log.TrainLine)]
-    valid = [line for line in lines if isinstance(line, metrics_log.EvalLine)]
+    train = [line for line in lines if isinstance(line, metric_lines.TrainLine)]
+    valid = [line for line in lines if isinstance(line, metric_lines.EvalLine)]
     if train:
         draw(lines, work / "loss.png")
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ascendspeed.training.metrics_log import EvalLine, TrainLine, read_lines
+from ascendspeed.training.metric_lines import EvalLine, TrainLine, read_lines
 from helpers import launch, recipes
 
 ITERS, STOP = 6, 3

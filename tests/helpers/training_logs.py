@@ -1,7 +1,7 @@
 """Logs of several frameworks with known curves."""
 
 from ascendspeed.loss_compare.curve import LoggedStep
-from ascendspeed.training import metrics_log
+from ascendspeed.training import metric_lines
 
 SAMPLES = {  # real lines, as published in manuals, issues and READMEs -> what they say
     "Megatron-LM without a time": (
@@ -188,8 +188,8 @@ def ours(iteration: int, loss: float | None, **more: float) -> str:
     """A line of this project's log; 8 samples of 16 tokens an iteration."""
     places = {"samples": 8 * iteration, "tokens": 128 * iteration}
     return (
-        metrics_log.format_line(
-            metrics_log.TrainLine(
+        metric_lines.format_line(
+            metric_lines.TrainLine(
                 "2026-01-01 00:00:00", iteration, 100, **places, loss=loss, **{"grad_norm": 1.0, **more}
             )
         )

@@ -2,11 +2,14 @@
 
 import inspect
 import math
+import pickle
 import random
+import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numba
 import numpy as np
 import pytest
 import sentencepiece
@@ -272,6 +275,38 @@ def test_without_numba_sentencepiece_encodes_everything(models, caplog, monkeypa
         pair.assert_equal(["return the value"])
     assert pair.encoder._words is None
     assert "word_encoder" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_damaged_code_is_compiled_again(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def add(a, b):
+        return a + b
+
+    assert compiled_bpe.Compiled(add)(1, 2) == 3
+    (kept,) = tmp_path.rglob(f"*.{suffix}")
+    kept.write_bytes(kept.read_bytes()[:9])
+    with pytest.raises(pickle.UnpicklingError):  # control
+        numba.njit(cache=True, nogil=True)(add)(1, 2)
+    assert compiled_bpe.Compiled(add)(1, 2) == 3
+    assert not [*tmp_path.rglob("*.nbi")]
+    assert compiled_bpe.Compiled(add)(1, 2) == 3
+    assert [*tmp_path.rglob("*.nbi")]
+
+
+def test_an_error_of_a_function_itself_is_raised(monkeypatch, tmp_path):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    function = compiled_bpe.Compiled(lambda number: 1 // number)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            function(0)
+
+
+def test_without_jit_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    with pytest.raises(ImportError, match="NUMBA_DISABLE_JIT"):
+        runpy.run_path(compiled_bpe.__file__)
 
 
 @pytest.mark.parametrize(

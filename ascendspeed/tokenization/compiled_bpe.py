@@ -8,7 +8,10 @@ texts of any length; a word is short. Every join looks in one hash table, by the
 both symbols.
 """
 
+import contextlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -33,17 +36,47 @@ MIN_RECENT = 3
 NONE = np.int32(0)
 """In place of the rank of a piece: two symbols make none."""
 
-
-def _compiled(function: Callable) -> Callable:
-    """Compiles a function at its first call; its code is kept beside this file, or in the user's cache, where
-    they can be written."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # no place for the code
-        return numba.njit(nogil=True)(function)
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise ImportError("NUMBA_DISABLE_JIT switches the compiler off")
 
 
-@_compiled
+class Compiled:
+    """A function that is compiled at its first call.
+
+    Its code is kept beside this file, or in the user's cache, where they can be written. Kept code that
+    cannot be read is removed; where code cannot be kept, the function is compiled for this process.
+    """
+
+    def __init__(self, function: Callable) -> None:
+        self._plain = function
+        try:
+            self._function = numba.njit(cache=True, nogil=True)(function)
+            self._is_kept = True
+        except RuntimeError:  # no place for the code
+            self._function = numba.njit(nogil=True)(function)
+            self._is_kept = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Calls the function."""
+        try:
+            return self._function(*arguments)
+        except Exception:  # reading damaged code may raise anything
+            if not self._is_kept:
+                raise
+        self._remove_kept()
+        self._function = numba.njit(nogil=True)(self._plain)
+        return self._function(*arguments)
+
+    def _remove_kept(self) -> None:
+        """Removes the index of the code, without which the code is not read."""
+        self._is_kept = False
+        folder = Path(self._function.stats.cache_path or "")
+        for index in folder.glob(f"*.{self._plain.__name__}-*.nbi"):
+            with contextlib.suppress(OSError):
+                index.unlink()
+
+
+@Compiled
 def fill_slots(slots, codes, begins):
     """Puts every piece into the hash table `slots`, uint64 [power of 2], open addressing with linear probing.
 
@@ -65,7 +98,7 @@ def fill_slots(slots, codes, begins):
         slots[slot] = (key & ~PIECE_MASK) | np.uint64(piece + 1)
 
 
-@_compiled
+@Compiled
 def word_ends(text, text_ends, rows, columns, is_cut):
     """Returns the ends of the words of texts, int64 [words]: every cut, and the end of every text."""
     ends = np.empty(len(text), np.int64)
@@ -81,7 +114,7 @@ def word_ends(text, text_ends, rows, columns, is_cut):
     return ends[:count]
 
 
-@_compiled
+@Compiled
 def encode_words(text, ends, slots, codes, begins, ranks, types, characters, begins_symbol, byte_ids):
     """Encodes words: `text` uint32 [characters], `ends` int64 [words], the end of each word in it.
 

@@ -495,7 +495,12 @@ def test_the_command_at_pp_2_and_killed(folders, tmp_path):
 @pytest.mark.slow
 def test_eval_internlm_sh_says_what_is_wrong_in_one_line(folders, tmp_path):
     env = launch.environment(
-        TASK="bbh", DATA_PATH=str(SAMPLE), CHECKPOINT=str(folders["ours"]), DTYPE="fp32", NPROC="1"
+        TASK="bigbench",
+        DATA_PATH=str(SAMPLE),
+        CHECKPOINT=str(folders["ours"]),
+        TOKENIZER_PATH="",
+        DTYPE="fp32",
+        NPROC="1",
     )
     done = subprocess.run(
         ["bash", "tasks/evaluation/eval_internlm.sh", "--output-dir", str(tmp_path)],
@@ -505,7 +510,7 @@ def test_eval_internlm_sh_says_what_is_wrong_in_one_line(folders, tmp_path):
         text=True,
     )
     assert done.returncode == 2, done.stderr
-    assert "error: --task bbh: BBH is not supported; choose from mmlu" in done.stderr + done.stdout
+    assert "error: --task bigbench does not exist; choose from mmlu" in done.stderr + done.stdout
 
 
 @pytest.mark.slow

@@ -399,6 +399,7 @@ def same(folder: Path, other: Path) -> None:
     assert whole["model"]["sha256"] == other_whole["model"]["sha256"]
 
 
+@pytest.mark.slow
 def test_the_command_at_tp_2_has_the_answers_of_tp_1(folders, model, tmp_path):
     words = [
         "--load",

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 NO_FAMILY_MEANT = {
     "config/schema/model.py": "internlm",  # default of --model's architecture flags
     "conversion/formats/gguf/writing.py": "llama",  # an architecture of llama.cpp
-    "distributed/device.py": "llama",  # a casting mode of Liger's RMSNorm
+    "distributed/training_kernels.py": "llama",  # a casting mode of Liger's RMSNorm
 }
 CONFIG = families.preset("llama-tiny")
 

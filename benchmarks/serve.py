@@ -57,32 +57,38 @@ class Options:
     """Measured runs of each side, after a warm-up run."""
     threads: int | None = None
     """CPU threads; None: torch's default. Use 1 on a shared machine."""
+    shorten: int = 1
+    """Divide the lengths of prompts and answers by this, where the CPU emulates the number format."""
     vllm_python: str | None = None
     """Python of an environment with vLLM, which becomes a peer; None: without."""
     out: Annotated[Path | None, parser.output_flag("out")] = None
     """Markdown file to write; None: print only."""
 
 
-def workloads(vocab_size: int) -> dict[str, Work]:
-    """Returns the requests of every case; random tokens."""
+def workloads(vocab_size: int, shorten: int = 1) -> dict[str, Work]:
+    """Returns the requests of every case, with random tokens, and lengths divided by `shorten`."""
     import torch
 
     generator = torch.Generator().manual_seed(7)
 
     def tokens(count: int) -> list[int]:
-        return torch.randint(5, vocab_size, (count,), generator=generator).tolist()
+        return torch.randint(5, vocab_size, (count // shorten,), generator=generator).tolist()
 
     def between(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (1,), generator=generator))
 
-    head = tokens(384)
+    head, fewest, most = tokens(384), max(16 // shorten, 1), 128 // shorten
     return {
-        "32 ragged: prompts of 32 to 512, 16 to 128 new": [
-            (tokens(between(32, 512)), between(16, 128)) for _ in range(32)
+        f"32 ragged: prompts of {32 // shorten} to {512 // shorten}, {fewest} to {most} new": [
+            (tokens(between(32, 512)), between(fewest, most)) for _ in range(32)
         ],
-        "32 with a common head of 384": [([*head, *tokens(between(16, 128))], 16) for _ in range(32)],
-        "16 equal: prompts of 256, 48 new": [(tokens(256), 48) for _ in range(BATCH)],
-        "1 request: prompt of 256, 48 new": [(tokens(256), 48)],
+        f"32 with a common head of {len(head)}": [
+            ([*head, *tokens(between(16, 128))], fewest) for _ in range(32)
+        ],
+        f"16 equal: prompts of {256 // shorten}, {48 // shorten} new": [
+            (tokens(256), 48 // shorten) for _ in range(BATCH)
+        ],
+        f"1 request: prompt of {256 // shorten}, {48 // shorten} new": [(tokens(256), 48 // shorten)],
     }
 
 
@@ -224,7 +230,7 @@ def measure(options: Options, device: Any) -> tuple[dict[str, dict[str, list[flo
     project, hugging_face = generate.build_models(settings, device)
     results: dict[str, dict[str, list[float]]] = {}
     with vllm_sides(options, hugging_face) as vllm:
-        for case, work in workloads(project.config.vocab_size).items():
+        for case, work in workloads(project.config.vocab_size, options.shorten).items():
             sides: dict[str, Side] = {
                 "paged": partial(paged, project),
                 "batches of 16": partial(batches, project),

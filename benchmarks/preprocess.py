@@ -62,7 +62,7 @@ class Options:
     rounds: int = 3
     """Runs of every method, in turns."""
     megabytes: int = 50
-    """Megabytes of text, at most."""
+    """Megabytes of text, about; a shorter corpus is repeated."""
 
 
 def write(folder: Path, texts: Sequence[str]) -> int:
@@ -248,6 +248,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, tokenizer = Path(name), options.tokenizer or REAL
         texts = corpora.documents(options.corpus, options.megabytes)
+        times_over = max(round(options.megabytes * 1e6 / sum(len(text.encode()) for text in texts)), 1)
+        texts *= times_over
         size, half = write(folder, texts), write(folder / "half", texts[: len(texts) // 2])
         if not (tokenizer / "tokenizer.model").is_file():
             if options.tokenizer:
@@ -265,9 +267,10 @@ def main() -> None:
             if tokenizer == folder
             else tokenizer.name
         )
+        repeated = f" (the same text {times_over} times)" if times_over > 1 else ""
         report = (
             f"# Preprocessing\n\n{datetime.date.today()}, {cpu()}; {versions}. {size / 1e6:.1f} MB in "
-            f"{len(texts)} documents of {options.corpus}, {which}; "
+            f"{len(texts)} documents of {options.corpus}{repeated}, {which}; "
             f"medians of {options.rounds} rounds in turns. "
             f"Load average before: {load:.1f}, after: {os.getloadavg()[0]:.1f} (the benchmark itself loads a "
             "core per worker; on a busy machine only the CPU column says something).\n\n"

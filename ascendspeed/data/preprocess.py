@@ -137,9 +137,9 @@ def _encode_in_order(
 ) -> Iterator[tuple[ShardResult, float]]:
     """Encodes shards with `workers` processes, which prepare their tokenizers if `prepares`; yields (result,
     fraction of the input that is done) in order."""
-    if prepares:
-        encoder.prepare()  # with several processes too: it compiles once for all of them
     if workers == 1:
+        if prepares:
+            encoder.prepare()
         for shard, done in shards:
             yield encoder.encode(shard), done
         return

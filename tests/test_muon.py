@@ -17,7 +17,7 @@ from ascendspeed.utils.errors import UserError
 
 STEPS = 5
 FEW_STEPS = 4
-"""Of the default test."""
+"""Steps of the default test."""
 OPTIM = replace(RUN.optim, optimizer="muon")
 GROUPED = replace(MODEL, num_query_groups=2)
 

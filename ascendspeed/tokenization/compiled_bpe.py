@@ -16,12 +16,12 @@ from typing import Any
 import numba
 import numpy as np
 
+from ascendspeed.tokenization.text_cuts import UNUSED, USER_DEFINED
+
 MAX_WORD = 128
 """Characters of the longest word that is encoded here: the time grows with the square of the length."""
 BYTES, ELSEWHERE = -1, -2
 """In place of a character's id: it becomes its bytes; sentencepiece itself encodes words with it."""
-USER_DEFINED, UNUSED = 4, 5
-"""Of `SentencePiece.Type`."""
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 """Odd, of irregular bits: base of the hash of characters, and multiplier of the hash's last step."""
 POWERS = np.cumprod(np.array([1] + MAX_WORD * [FACTOR], np.uint64))

@@ -43,10 +43,10 @@ CODES = 0x110000
 MAX_TABLE_BYTES = 64 << 20
 MAX_NESTED = 64
 """User-defined symbols that sentencepiece finds at one position."""
-USER_DEFINED = 4
-"""Of `SentencePiece.Type`."""
-IN_TEXT = (1, USER_DEFINED, 5)
-"""Types of the pieces that are found in text: NORMAL, USER_DEFINED and UNUSED of `SentencePiece.Type`."""
+NORMAL, USER_DEFINED, UNUSED, BYTE = 1, 4, 5, 6
+"""Values of `SentencePiece.Type`."""
+IN_TEXT = (NORMAL, USER_DEFINED, UNUSED)
+"""Types of the pieces that are found in text."""
 BPE = 2
 """`TrainerSpec.ModelType`."""
 

@@ -7,10 +7,15 @@ from typing import Any
 import numpy as np
 
 from ascendspeed.tokenization import compiled_bpe
-from ascendspeed.tokenization.text_cuts import CODES, IN_TEXT, SPACE, TextCuts
-
-NORMAL, BYTE = 1, 6
-"""Of `SentencePiece.Type`."""
+from ascendspeed.tokenization.text_cuts import (
+    BYTE,
+    CODES,
+    IN_TEXT,
+    NORMAL,
+    SPACE,
+    USER_DEFINED,
+    TextCuts,
+)
 
 
 class WordEncoder:
@@ -90,10 +95,10 @@ def _characters(pieces: Sequence[str], types: np.ndarray) -> tuple[np.ndarray, n
     byte_ids = np.zeros(256, np.int32)
     lengths = np.fromiter(map(len, pieces), np.int32, len(pieces))
     for number in np.flatnonzero(lengths == 1).tolist():
-        is_encoded = types[number] in (NORMAL, compiled_bpe.USER_DEFINED)
+        is_encoded = types[number] in (NORMAL, USER_DEFINED)
         characters[ord(pieces[number])] = number if is_encoded else compiled_bpe.ELSEWHERE
     characters[0] = compiled_bpe.ELSEWHERE  # sentencepiece treats a piece of it as unused
-    for number in np.flatnonzero(types == compiled_bpe.USER_DEFINED).tolist():
+    for number in np.flatnonzero(types == USER_DEFINED).tolist():
         begins_symbol[ord(pieces[number][0])] = True
     for number in np.flatnonzero(types == BYTE).tolist():
         byte_ids[int(pieces[number][3:5], 16)] = number  # <0x41>

@@ -6,10 +6,10 @@ Control: the scale of the neighbouring channel or head.
 import pytest
 import torch
 from helpers.generation import hf_generate, hf_logprobs, language_model
+from helpers.internlm_versions import MODELS, PROMPTS, hugging_face, rope_of
 from helpers.models import tensors_of
 from helpers.moe import MODELS as EXPERTS
 from helpers.quantization import fake_int8, with_int8_weights
-from test_generate import MODELS, PROMPTS, hugging_face, rope_of
 from torch.nn import functional as F
 
 from ascendspeed.inference.engine import SamplingParams, sample, score_continuations, token_logprobs

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 from helpers.generation import language_model
+from helpers.internlm_versions import MODELS
 from helpers.models import tensors_of
+from helpers.paged_engine import HEAD, PROMPTS, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generate import MODELS
 
 from ascendspeed.inference import continuous_batching
 from ascendspeed.inference.engine import Completion, LanguageModel, SamplingParams, sample
@@ -18,19 +19,6 @@ from ascendspeed.inference.serving.request import Events, Request, RequestParams
 from ascendspeed.models.gpt.paged_kv_cache import PagedKVCache
 from ascendspeed.utils.errors import UserError
 
-HEAD = list(range(2, 34))
-"""Two blocks of 16: a prefix that prompts share."""
-PROMPTS = [
-    [1, 5, 9, 33, 7, 2, 8],
-    [1, 4],
-    [1, *range(80, 101)],
-    [*HEAD, 60, 61],
-    HEAD,
-    [*HEAD, 7],
-    [*HEAD * 3, 9],  # 97 and 130 tokens: beyond the trained length of 64
-    [*HEAD * 4, 9, 8],
-    [*HEAD * 3, 9],
-]
 GREEDY = SamplingParams(max_new_tokens=20)
 
 
@@ -53,17 +41,6 @@ def submissions(params: SamplingParams) -> tuple[Submission, ...]:
         Submission(number, prompt, RequestParams(params, number=number))
         for number, prompt in enumerate(PROMPTS)
     )
-
-
-def run(engine: PagedEngine, events: Events) -> dict[int, list[int]]:
-    """Runs all requests to their end; events travel as bytes, as they do between ranks."""
-    engine.apply(Events.from_bytes(events.to_bytes()))
-    outputs = {}
-    while not engine.scheduler.is_idle:
-        for result in engine.step():
-            if result.reason:
-                outputs[result.request.id] = result.request.output
-    return outputs
 
 
 def alone(model, params: SamplingParams) -> dict[int, list[int]]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers.generate_command import folder, run
 from helpers.generation import language_model
+from helpers.internlm_versions import MODELS
 from helpers.models import tensors_of
-from test_generate import MODELS
-from test_paged_engine import HEAD, PROMPTS
+from helpers.paged_engine import HEAD, PROMPTS
 
 from ascendspeed.inference.engine import SamplingParams, sample
 from ascendspeed.inference.serving.lookup_sampling import sample_with_lookup

@@ -165,9 +165,11 @@ def test_logits_and_gradients_beyond_the_first_trained_length(cpu, reference):
 
 def test_generation_with_caches(cpu, reference):
     """By the cache of `generate` and by the paged cache of the service, also with shared prefixes."""
-    from test_paged_engine import EngineSettings, Events, PagedEngine, RequestParams, Submission, run
+    from helpers.paged_engine import run
 
     from ascendspeed.inference.engine import SamplingParams, sample
+    from ascendspeed.inference.serving.paged_engine import EngineSettings, PagedEngine
+    from ascendspeed.inference.serving.request import Events, RequestParams, Submission
 
     theirs, tensors = reference
     lm = language_model(cpu, MODEL, tensors)

@@ -5,105 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import peft
 import pytest
 import torch
-from helpers import launch, oracle
-from helpers.engines import DATA_SEED, RUN, Curve, micro_batches_of, worst
-from helpers.megatron_themes import by_layout
+from helpers import oracle
+from helpers.engines import Curve, micro_batches_of, worst
+from helpers.lora import ALL, BIASES, GROUPED, LORA, PP, RUN, SP, STEPS, TP, Setting, biases, run, train, zero
 from safetensors.torch import save_file
 
 from ascendspeed.checkpoint.discovery import open_checkpoint
-from ascendspeed.cli.train_args import resolve
-from ascendspeed.config import lr_schedule, schema
-from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
-from ascendspeed.conversion.formats import peft as directory
-from ascendspeed.models import int8, nf4, param_mapping
+from ascendspeed.config.schema import ModelConfig, ParallelConfig
+from ascendspeed.models import param_mapping
 from ascendspeed.models.lora import adapter as adapters
 from ascendspeed.models.lora.targets import parameter_count
-from ascendspeed.utils.errors import UserError
 
-STEPS = 10
-LORA = LoraConfig(lora_rank=4, lora_alpha=6.0)
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-GQA = {"family": "internlm2", "num_query_groups": 2, "add_qkv_bias": False, "add_dense_bias": False}
-BIASES, GROUPED = RUN.model, replace(RUN.model, **GQA)
-RUN = replace(RUN, parallel=ParallelConfig(), optim=replace(RUN.optim, clip_grad=0.5))
-TP, SP, PP = (
-    {"tensor_model_parallel_size": 2},
-    {"sequence_parallel": True},
-    {"pipeline_model_parallel_size": 2},
-)
 SHARDS = {"use_distributed_optimizer": True}
 COPY = "copy_to_tensor_model_parallel_region"
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
-
-
-def zero(stage: int) -> dict[str, Any]:
-    return {"deepspeed": True, "zero_stage": stage}
-
-
-class Setting:
-    """A model with adapters that peft made: as peft has them, and as a file for the engines' worker."""
-
-    def __init__(self, model: ModelConfig, targets: tuple[str, ...], folder: Path) -> None:
-        folder.mkdir()
-        self.model, self.lora = model, replace(LORA, lora_target_modules=targets)
-        self.base = dict(param_mapping.random_tensors(model, RUN.train.seed))
-        self.folder = folder
-        torch.manual_seed(3)
-        self.fresh().save_pretrained(folder / "peft")
-        tensors = adapters.training_tensors(directory.open_adapter(folder / "peft"), model, self.lora)
-        self.file = str(folder / "weights.safetensors")
-        save_file({name: tensor.contiguous() for name, tensor in (*self.base.items(), *tensors)}, self.file)
-
-    def fresh(self, **changes: Any) -> peft.PeftModel:
-        """B is not zero, so that the first step already has gradients for A."""
-        settings = {
-            "r": 4,
-            "lora_alpha": 6,
-            "target_modules": list(self.lora.lora_target_modules),
-            "task_type": "CAUSAL_LM",
-        }
-        config = peft.LoraConfig(**settings | {"init_lora_weights": False} | changes)
-        return peft.get_peft_model(
-            oracle.hugging_face(replace(self.model, family="llama"), self.base), config
-        )
-
-    def loaded(self) -> peft.PeftModel:
-        base = oracle.hugging_face(replace(self.model, family="llama"), self.base)
-        return peft.PeftModel.from_pretrained(base, self.folder / "peft", is_trainable=True)
-
-    def expected(self, frozen: bool = True) -> Curve:
-        """Plain torch over peft's model."""
-        model = self.loaded()
-        if not frozen:
-            model.requires_grad_(True)
-        return train(model, self.model.vocab_size)
-
-    def case(
-        self, parallel: dict[str, Any], train: dict | None = None, lora: dict | None = None, **more: Any
-    ) -> dict[str, Any]:
-        changes = {"model": vars(self.model), "parallel": parallel}
-        changes["train"] = train or {}
-        changes["lora"] = {
-            **vars(self.lora),
-            "lora_target_modules": list(self.lora.lora_target_modules),
-            **(lora or {}),
-        }
-        return {"changes": changes, "weights": self.file, **more}
-
-
-def train(model: torch.nn.Module, vocab: int, steps: int = STEPS) -> Curve:
-    data = oracle.batches(vocab, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)[:steps]
-    lrs = [lr_schedule.lr_at(i, RUN.optim, RUN.train.train_iters) for i in range(steps)]
-    return oracle.train(model, data, lrs, vars(RUN.optim))
-
-
-def run(world: int, cases: dict[str, Any], folder: Path) -> dict[str, Curve]:
-    cases = {name: cases[name] for name in by_layout(cases)}
-    job = {"run": schema.to_dict(RUN), "steps": STEPS, "data_seed": DATA_SEED, "cases": cases}
-    return launch.ranks(world, "engine_worker.py", job, folder, timeout=1800)
 
 
 class Theme(NamedTuple):
@@ -120,11 +37,6 @@ def run_and_check(themes: dict[str, Theme], folder: Path) -> None:
         check(
             {name.partition("|")[2]: curve for name, curve in curves.items() if name.startswith(f"{theme}|")}
         )
-
-
-@pytest.fixture(scope="module")
-def biases(tmp_path_factory) -> Setting:
-    return Setting(BIASES, ALL, tmp_path_factory.mktemp("biases") / "x")
 
 
 @pytest.fixture(scope="module")
@@ -479,90 +391,3 @@ def test_nothing_is_kept_for_frozen_weights(cpu):
     a = fresh["decoder.layers.1.mlp.linear_fc2.lora.down_proj_A"]
     assert a.abs().max() <= 96**-0.5 < a.abs().max() * 1.05  # kaiming_uniform(a = sqrt(5))
     assert not any(tensor.any() for name, tensor in fresh.items() if name.endswith("_B"))
-
-
-# --- QLoRA
-
-
-def quantized(base: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
-    """The base with the linears of the layers in int8 or NF4 and back."""
-    is_linear = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
-
-    def there_and_back(weight: torch.Tensor) -> torch.Tensor:
-        if bits == 4:
-            return nf4.dequantize(*nf4.quantize(weight), torch.float32)
-        return int8.dequantize(*int8.quantize(weight, torch.float32))
-
-    return {n: there_and_back(tensor) if n.endswith(is_linear) else tensor for n, tensor in base.items()}
-
-
-def check_quantized(
-    setting: Setting, layouts: dict[str, dict[str, Any]], bits: int, world: int, folder: Path
-) -> None:
-    """Losses of peft over the base that is quantised and back; the plain base is the control."""
-    cases = {
-        name: setting.case(parallel, lora={"quantization_bit": bits}) for name, parallel in layouts.items()
-    }
-    base, setting.base = setting.base, quantized(setting.base, bits)
-    expected = setting.expected()
-    setting.base = base
-    plain = setting.expected()
-    for name, curve in run(world, cases, folder).items():
-        loss, norm = worst(curve, expected)
-        print(name, loss, norm)
-        assert (loss < 1e-5, norm < 1e-4) == (True, True), (name, loss, norm)
-        assert worst(curve, plain)[0] > 1e-5, name  # control
-
-
-QUANTIZED_ALONE = {"megatron": {}, "zero 1": zero(1), "zero 0": zero(0)}
-QUANTIZED_ON_TWO = {"tp 2 sp": TP | SP, "zero 2": zero(2), "pp 2": PP, "tp 2": zero(1) | TP}
-
-
-@pytest.mark.slow
-def test_an_int8_base_equals_peft_on_the_same_base(biases, tmp_path):
-    check_quantized(biases, QUANTIZED_ALONE, 8, 1, tmp_path / "one")
-    check_quantized(biases, QUANTIZED_ON_TWO, 8, 2, tmp_path / "two")
-
-
-@pytest.mark.slow
-def test_an_nf4_base_equals_peft_on_the_same_base(tmp_path):
-    wide = Setting(replace(BIASES, hidden_size=128, ffn_hidden_size=256), ALL, tmp_path / "wide")
-    check_quantized(wide, QUANTIZED_ALONE, 4, 1, tmp_path / "one")
-    check_quantized(wide, QUANTIZED_ON_TWO, 4, 2, tmp_path / "two")
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_gradients_of_a_quantised_linear(cpu, bits):
-    """Against torch's product with the dequantised weight."""
-    from ascendspeed.distributed import fused_kernels
-    from ascendspeed.models import quantized_weight
-    from ascendspeed.models.gpt.linear import KernelLinear
-
-    generator = torch.Generator().manual_seed(1)
-    weight, x = torch.randn(6, 128, generator=generator), torch.randn(3, 2, 128, generator=generator)
-    numbers, scale = nf4.quantize(weight) if bits == 4 else int8.quantize(weight, torch.float32)
-    x.requires_grad_()
-    out = KernelLinear.apply(x, numbers, None, fused_kernels.linear, False, False, None, scale)
-    plain = quantized_weight.dequantize(numbers, scale, torch.float32)
-    assert torch.equal(out, x @ plain.t())
-    (gradient,) = torch.autograd.grad(out.square().sum(), x)
-    (expected,) = torch.autograd.grad((x @ plain.t()).square().sum(), x)
-    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5)
-    (other,) = torch.autograd.grad((x @ weight.t()).square().sum(), x)
-    assert (gradient - other).abs().max() > 1e-3  # control
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--quantization-bit 8", "--quantization-bit without --lora-rank has no effect"),
-        ("--quantization-bit 8 --lora-rank 4 --deepspeed --zero-stage 3", "use stage 0, 1 or 2"),
-        (
-            "--quantization-bit 4 --lora-rank 4 --ffn-hidden-size 96 --model internlm-tiny",
-            "an MLP of 96 has 96",
-        ),
-    ],
-)
-def test_a_quantised_base_that_cannot_be(words, message):
-    with pytest.raises(UserError, match=message):
-        resolve(["--data-path", "x", *words.split()], 1)

@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from ascendspeed.evaluation.tasks import TASKS
 from ascendspeed.inference import args as generate_args
 from ascendspeed.tokenization import tokenizer
-from ascendspeed.tokenization.chat import control_token_ids
+from ascendspeed.tokenization.chat import control_token_ids, generation_config_stops
 from ascendspeed.utils.errors import UserError
 
 CHATML = (IM_END, "<|im_start|>", "<|action_start|>")
@@ -29,13 +29,20 @@ def folders(tmp_path_factory):
     folders = {
         "until": scripted_model(home / "until", ["7", IM_END], "9"),
         "generation_config": scripted_model(home / "config", ["7", IM_END], "9", eos_ids=[2, 400]),
+        "config": scripted_model(home / "model_config", ["7", IM_END], "9"),
         "template": scripted_model(home / "template", ["7", IM_END], "9", special=CHATML),
         "eos": scripted_model(home / "eos", ["7", "</s>"], "9"),
         "pad": scripted_model(home / "pad", ["7", "</s>"], "9", special=("<pad>",), extra_rows=-1),
     }
+    set_eos(folders["config"] / "config.json", [2, 400])
     for split in ("test", "train"):
         put_jsonl(home / f"gsm8k/{split}.jsonl", [{"question": "3 + 4?", "answer": "3 + 4 = 7\n#### 7"}])
     return folders | {"gsm8k": home / "gsm8k"}
+
+
+def set_eos(path, value) -> None:
+    table = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(table | {"eos_token_id": value}))
 
 
 def evaluated(cpu, folder, data, output) -> dict:
@@ -68,20 +75,41 @@ def test_gsm8k_ends_where_hflm_over_the_export_ends(kind, cpu, folders, tmp_path
     assert (record["predicted"], record["right"]) == ("7", "3 + 4 = 7\n#### 7")
 
 
-def test_gsm8k_ends_at_each_of_the_three_sources_of_stop_ids(cpu, folders, tmp_path, monkeypatch):
-    """Without <|im_end|> in `until`: generation_config.json and the chat template each suffice; the control
-    has neither."""
+def test_gsm8k_ends_at_each_of_the_sources_of_stop_ids(cpu, folders, tmp_path, monkeypatch):
+    """Without <|im_end|> in `until`: generation_config.json, config.json alone and the chat template each
+    suffice; the control has none of them."""
     from ascendspeed.evaluation import runner
 
     monkeypatch.setattr(runner, "control_token_ids", lambda tokens, until: ())
     texts = {
         kind: evaluated(cpu, folders[kind], folders["gsm8k"], tmp_path / kind)["text"]
-        for kind in ("generation_config", "template", "until")
+        for kind in ("generation_config", "config", "template", "until")
     }
-    assert texts == {"generation_config": "7", "template": "7", "until": RUN_ON}
+    assert texts == {"generation_config": "7", "config": "7", "template": "7", "until": RUN_ON}
     export = exported(tmp_path / "hf", folders["generation_config"])
     assert harness_answer(export, ["Question:"]) == "7"
     assert harness_answer(exported(tmp_path / "bare", folders["until"]), ["Question:"]) == RUN_ON
+    alone = exported(tmp_path / "alone", folders["config"])
+    (alone / "generation_config.json").unlink()
+    assert harness_answer(alone, ["Question:"]) == "7"
+
+
+def test_config_json_counts_without_generation_config_json_only(tmp_path):
+    """The order of transformers' own `generation_config` of a loaded model."""
+    set_eos(tmp_path / "config.json", [2, 400])
+    assert generation_config_stops(tmp_path) == (2, 400)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert generation_config_stops(tmp_path) == ()
+    set_eos(tmp_path / "generation_config.json", 5)
+    assert generation_config_stops(tmp_path) == (5,)
+
+
+@pytest.mark.parametrize("value", ["2", 2.5, True, [[2], 400], [-1, 2]])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_that_is_no_id(name, value, tmp_path):
+    set_eos(tmp_path / name, value)
+    with pytest.raises(UserError, match=f"{name}: eos_token_id is .*, not an id or a list of ids"):
+        generation_config_stops(tmp_path)
 
 
 def test_a_pad_token_beyond_the_vocabulary(cpu, folders, tmp_path):

@@ -205,7 +205,7 @@ def test_token_ids_that_the_model_does_not_have(case, file, tmp_path):
     (folder / f"{file}.json").write_text(json.dumps(stored(folder, file) | {name: value}))
     with pytest.raises(UserError) as error:
         export(folder, tmp_path / "out")
-    assert f": {name} = {value!r} is no token of a vocabulary of 1000" in str(error.value)
+    assert f": {name} = {value!r} is no token of a vocabulary of 1000 (ids 0 to 999)" in str(error.value)
     assert f"{file}.json" in str(error.value)
     assert str(error.value).startswith(str(folder))
     assert not (tmp_path / "out").exists()

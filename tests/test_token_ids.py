@@ -100,6 +100,15 @@ def test_a_pad_token_of_minus_one_is_none(file, folder, tmp_path, caplog):
     assert "pad_token_id = -1 means that there is none" in caplog.text
 
 
+@pytest.mark.parametrize("file", ["config", "generation_config"])
+def test_minus_one_gives_way_to_an_id_of_the_tokenizer(file, folder, tmp_path, caplog):
+    """Without an end, transformers would run on after </s>."""
+    set_ids(folder, file, bos=-1, eos=-1, pad=-1)
+    out = export(folder, tmp_path / "out")
+    assert written_ids(out, file) == [1, 2, 2] == written_ids(out, "generation_config")
+    assert f"eos_token_id = -1, but the tokenizer in {folder} has 2: 2 is written" in caplog.text
+
+
 def test_no_end_among_the_stop_tokens(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": -1}')
     assert generation_config_stops(tmp_path) == ()

@@ -52,7 +52,7 @@ def own_template_text(folder: Path | None) -> str | None:
 
 
 def stops_beside(folder: Path | None) -> list[int]:
-    """Stop tokens of generation_config.json that are not the tokenizer's own end."""
+    """Stop tokens of generation_config.json, or without it of config.json, except the tokenizer's own end."""
     if folder is None:
         return []
     return [number for number in generation_config_stops(folder) if number != tokenizer.load(folder).eos]

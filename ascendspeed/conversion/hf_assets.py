@@ -83,10 +83,8 @@ def check(reader: CheckpointReader) -> None:
         if path.name in COPIED_TABLES:
             read_json_object(path)
     for origin, table in _token_tables(reader).items():
-        known, notes = without_placeholders(origin, table)
-        _check_token_ids(origin, known, reader.config)
-        notes += _agreed_with_tokenizer(reader, origin, known)[1]
-        for note in notes:
+        _check_token_ids(origin, without_placeholders(origin, table)[0], reader.config)
+        for note in _corrected_table(reader, origin, table)[1]:
             logger.info(f"note: {note}")
 
 
@@ -102,20 +100,24 @@ def _token_tables(reader: CheckpointReader) -> dict[str, Mapping[str, Any]]:
     return tables
 
 
-def _agreed_with_tokenizer(
+def _corrected_table(
     reader: CheckpointReader, origin: str, table: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    if not _has_tokenizer(reader.assets_dir):
-        return dict(table), []
-    return reconcile(origin, table, tokenizer.load(reader.assets_dir), reader.config.vocab_size)
+    """Returns the table as it is written, and a note for each change.
+
+    The tokenizer's ids replace a -1 too: without an EOS no program would end an answer.
+    """
+    notes = []
+    if _has_tokenizer(reader.assets_dir):
+        loaded = tokenizer.load(reader.assets_dir)
+        table, notes = reconcile(origin, table, loaded, reader.config.vocab_size)
+    known, dropped = without_placeholders(origin, table)
+    return known, notes + dropped
 
 
 def _corrected(reader: CheckpointReader) -> list[dict[str, Any]]:
     """The tables of `_token_tables` as they are written."""
-    tables = []
-    for origin, table in _token_tables(reader).items():
-        tables.append(_agreed_with_tokenizer(reader, origin, without_placeholders(origin, table)[0])[0])
-    return tables
+    return [_corrected_table(reader, *item)[0] for item in _token_tables(reader).items()]
 
 
 def _check_token_ids(origin: str, table: Mapping[str, Any], config: ModelConfig) -> None:
@@ -127,7 +129,8 @@ def _check_token_ids(origin: str, table: Mapping[str, Any], config: ModelConfig)
         for token in value if isinstance(value, list) else [value]:
             if type(token) is not int or not 0 <= token < config.vocab_size:
                 raise UserError(
-                    f"{origin}: {name} = {value!r} is no token of a vocabulary of {config.vocab_size}"
+                    f"{origin}: {name} = {value!r} is no token of a vocabulary of {config.vocab_size} "
+                    f"(ids 0 to {config.vocab_size - 1}): correct the entry or remove it"
                 )
 
 

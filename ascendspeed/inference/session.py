@@ -171,14 +171,15 @@ class Session(ModelSession):
     @cached_property
     def generation_stop_ids(self) -> tuple[int, ...]:
         """Ids that end a generated answer of an evaluation: those of the tokenizer, of generation_config.json
-        and of the chat templates of the model's family and of its tokenizer, if there are any."""
+        (without it, of config.json) and of the chat templates of the model's family and of its tokenizer, if
+        there are any."""
         family = self.config.family
         return generation_stop_ids(self.tokenizer, family, self._recorded_template, self._folders)
 
     @property
     def _folders(self) -> set[Path]:
-        """Folders that may hold a generation_config.json."""
-        return {Path(self.spec.args.load or "."), Path(self.spec.tokenizer)}
+        """Folders that may hold a generation_config.json or config.json."""
+        return {Path(folder) for folder in (self.spec.args.load, self.spec.tokenizer) if folder}
 
     def warn_if_too_long(self, where: str, tokens: int) -> None:
         """Logs once that a prompt with its answer is longer than the training context, and the
@@ -231,7 +232,8 @@ def generation_stop_ids(
 ) -> tuple[int, ...]:
     """Ids that end a generated answer of an evaluation.
 
-    `recorded_template`: chat template of the training data; `folders`: may hold a generation_config.json.
+    `recorded_template`: chat template of the training data; `folders`: may hold a generation_config.json or
+    config.json.
     """
     template_ids: set[int] = set()
     for name in (recorded_template, FAMILIES[family].chat_template, None):

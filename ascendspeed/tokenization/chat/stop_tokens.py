@@ -1,5 +1,5 @@
-"""Stop tokens of an answer: those of the tokenizer, of generation_config.json and of the chat template
-together."""
+"""Stop tokens of an answer: those of the tokenizer, of generation_config.json (without it, of config.json)
+and of the chat template together."""
 
 import re
 from collections.abc import Iterable
@@ -10,7 +10,8 @@ from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import read_json_object
 
-FILE = "generation_config.json"
+FILES = ("generation_config.json", "config.json")
+"""Files with `eos_token_id`; transformers asks the second if the first does not exist."""
 TOKEN_NAME = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 """Strings inside a text that may be the name of a control token: `<|im_end|>`, `[UNUSED_TOKEN_145]`."""
 
@@ -20,7 +21,8 @@ def stop_token_ids(
 ) -> tuple[int, ...]:
     """Returns the ids that end an answer, sorted. Raises `UserError`.
 
-    `folders`: directories that may hold a generation_config.json; `template`: stop ids of the chat format.
+    `folders`: directories that may hold a generation_config.json or config.json; `template`: stop ids of the
+    chat format.
     """
     ids = set(template)
     for folder in folders:
@@ -31,12 +33,13 @@ def stop_token_ids(
 
 
 def generation_config_stops(folder: Path) -> tuple[int, ...]:
-    """Returns `eos_token_id` of generation_config.json (an id, a list, or missing; -1 means none).
+    """Returns `eos_token_id` of generation_config.json, or of config.json if there is no such file (an id, a
+    list, or missing; -1 means none).
 
     Raises `UserError` for other values.
     """
-    path = folder / FILE
-    if not path.is_file():
+    path = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if path is None:
         return ()
     value = read_json_object(path).get("eos_token_id")
     if value in (None, -1):

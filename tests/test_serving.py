@@ -249,14 +249,16 @@ def test_a_client_that_leaves_frees_its_blocks(server, client):
     aborted = 0
     for stream in (True, False):
         body = {"prompt": "some", "max_tokens": 230, "n": 30, "stream": stream, "ignore_eos": True}
-        connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
-        connection.request("POST", "/v1/completions", json.dumps(body))
-        _wait_for(lambda: server.metric("num_requests_running") > 0)
-        connection.close()
+        aborted += 30
+        counted = f'finished_reason="abort",model_name="tiny"}} {aborted}.0'
+        with server.held():
+            connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+            connection.request("POST", "/v1/completions", json.dumps(body))
+            _wait_for(lambda: server.metric("num_requests_running") > 0)
+            connection.close()
+            _wait_for(lambda counted=counted: counted in server.get("/metrics"))
         _wait_for(lambda: server.metric("num_requests_running") == 0)
         assert server.metric("kv_cache_usage_perc") == 0
-        aborted += 30
-        assert f'finished_reason="abort",model_name="tiny"}} {aborted}.0' in server.get("/metrics")
 
 
 def _wait_for(condition):
@@ -275,28 +277,29 @@ def test_key_and_drain(folder, tmp_path, monkeypatch):
             assert caught.value.code == 401
         assert json.loads(server.get("/health")) == {"status": "ok"}
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
-        # Long enough that the signal comes before the end.
-        stream = iter(chat(client, stream=True, n=8, max_tokens=200, extra_body={"ignore_eos": True}))
-        next(stream)
-        os.kill(server.processes[0].pid, signal.SIGTERM)
+        with server.held():
+            stream = iter(chat(client, stream=True, n=8, max_tokens=20, extra_body={"ignore_eos": True}))
+            next(stream)
+            os.kill(server.processes[0].pid, signal.SIGTERM)
+            _wait_for(lambda: "signal 15: finishing 8 sequences" in server.errors.read_text())
         chunks = list(stream)
         assert chunks[-1].choices[0].finish_reason == "length"
         server.processes[0].join(60)
         assert server.processes[0].exitcode == 0
-        assert "signal 15: finishing 8 sequences" in server.errors.read_text()
 
 
 def test_a_full_queue_is_429(server, client):
     """The openai client knows it by its class, and would repeat the request."""
     body = {"prompt": "some", "max_tokens": 230, "n": 40, "stream": True, "ignore_eos": True}
-    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
-    connection.request("POST", "/v1/completions", json.dumps(body))
-    _wait_for(lambda: server.metric("num_requests_running") > 0)
-    with pytest.raises(openai.RateLimitError) as caught:
-        chat(client)
-    assert caught.value.code == "rate_limit_exceeded"
-    assert caught.value.response.headers["Retry-After"] == "1"
-    connection.close()
+    with server.held():
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        _wait_for(lambda: server.metric("num_requests_running") > 0)
+        with pytest.raises(openai.RateLimitError) as caught:
+            chat(client)
+        assert caught.value.code == "rate_limit_exceeded"
+        assert caught.value.response.headers["Retry-After"] == "1"
+        connection.close()
     _wait_for(lambda: server.metric("num_requests_running") == 0)
 
 

@@ -1,5 +1,6 @@
 """Starts the HTTP service on real ranks, for tests."""
 
+import os
 import time
 import urllib.error
 import urllib.request
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from helpers import forkserver, launch
 
@@ -23,6 +25,17 @@ class RunningServer:
     """One per rank."""
     errors: Path
     """Stderr of rank 0."""
+    hold: Path
+    """A file; while it exists, the engine begins no pass with sequences that have tokens already."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Context in which no sequence ends: it gets its first token, and the others after the context."""
+        self.hold.touch()
+        try:
+            yield
+        finally:
+            self.hold.unlink()
 
     def get(self, path: str, headers: dict[str, str] | None = None) -> str:
         """Body of a GET request."""
@@ -53,10 +66,16 @@ def running_server(
         env = launch.environment(**common, RANK=str(rank), LOCAL_RANK=str(rank))
         script = launch.ROOT / "tasks/inference/serve.py"
         log, errors = logs / f"stdout{rank}", logs / f"stderr{rank}"
-        processes.append(
-            forkserver.start_script(script, [*words, *map(str, flags)], env, log, launch.ROOT, errors)
+        arguments = (
+            str(script),
+            [*words, *map(str, flags)],
+            str(launch.ROOT),
+            str(log),
+            str(errors),
+            os.devnull,
         )
-    server = RunningServer(f"http://127.0.0.1:{port}", processes, logs / "stderr0")
+        processes.append(forkserver.start(_serve, (str(logs / "hold"), *arguments), env))
+    server = RunningServer(f"http://127.0.0.1:{port}", processes, logs / "stderr0", logs / "hold")
     try:
         _wait_until_ready(server)
         yield server
@@ -64,6 +83,21 @@ def running_server(
         for process in processes:
             process.kill()
             process.join()
+
+
+def _serve(hold: str, *arguments: Any) -> None:
+    """Runs the service in this process; its engine observes `RunningServer.hold`."""
+    from ascendspeed.inference.serving.paged_engine import PagedEngine
+
+    step = PagedEngine.step
+
+    def step_unless_held(engine: PagedEngine) -> Any:
+        while engine.scheduler.running and os.path.exists(hold):
+            time.sleep(0.005)
+        return step(engine)
+
+    PagedEngine.step = step_unless_held  # type: ignore[method-assign]
+    forkserver.run_script(*arguments)
 
 
 def _wait_until_ready(server: RunningServer) -> None:

@@ -193,7 +193,8 @@ def sides(
 
     from ascendspeed.config.schema import ParallelConfig
     from ascendspeed.conversion.formats.registry import open_reader
-    from ascendspeed.distributed import fused_kernels, onednn
+    from ascendspeed.distributed import fused_kernels
+    from ascendspeed.distributed.cpu_products import Products
     from ascendspeed.evaluation import lm_eval as harness
     from ascendspeed.evaluation.answer_cache import AnswerCache
     from ascendspeed.evaluation.prompts import PromptEncoder, build_prompts
@@ -203,7 +204,7 @@ def sides(
 
     tokens = tokenizer.load(folder)
     source, layout = open_reader(folder), ParallelConfig()
-    products = onednn.Products.of_inference("auto", options.dtype, source.config, layout)
+    products = Products.of_inference("auto", options.dtype, source.config, layout)
     kernels = fused_kernels.select_kernels(here, products=products)
     model = engine.load(source, dtype=options.dtype, device=here, kernels=kernels)
     max_length, questions = model.config.max_position_embeddings, benchmark(options)

@@ -84,14 +84,15 @@ def build_models(options: Options, device: Any) -> tuple[Any, Any]:
     """Returns the project's model and Hugging Face's, with the same random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ascendspeed.distributed import fused_kernels, onednn, process_groups
+    from ascendspeed.distributed import fused_kernels, process_groups
+    from ascendspeed.distributed.cpu_products import Products
     from ascendspeed.inference.engine import LanguageModel
     from ascendspeed.models import param_mapping
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
     model, layout = model_of(options), ParallelConfig()
     grid = process_groups.initialize(device, layout, 1)
-    products = onednn.Products.of_inference(options.cpu_linear, options.dtype, model, layout)
+    products = Products.of_inference(options.cpu_linear, options.dtype, model, layout)
     kernels = fused_kernels.select_kernels(device, products=products, rms_norm=True, rotary=True, swiglu=True)
     settings = layer_spec.transformer_config(model, layout, TrainConfig(), options.dtype, kernels)
     gpt = gpt_model.build_model(model, layout, settings)

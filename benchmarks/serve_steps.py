@@ -251,11 +251,12 @@ def load(folder: Path, options: Options) -> Any:
     """Loads the server's weights for the engine alone."""
     from ascendspeed.config.schema import ParallelConfig
     from ascendspeed.conversion.formats.registry import open_reader
-    from ascendspeed.distributed import device, fused_kernels, onednn
+    from ascendspeed.distributed import device, fused_kernels
+    from ascendspeed.distributed.cpu_products import Products
     from ascendspeed.inference import engine
 
     here, source = device.prepare("cpu"), open_reader(folder)
-    products = onednn.Products.of_inference("auto", options.dtype, source.config, ParallelConfig())
+    products = Products.of_inference("auto", options.dtype, source.config, ParallelConfig())
     kernels = fused_kernels.select_kernels(here, products=products)
     return engine.load(source, dtype=options.dtype, device=here, kernels=kernels)
 

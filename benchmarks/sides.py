@@ -11,6 +11,7 @@ from typing import Any
 
 from ascendspeed.config.schema import Run
 from ascendspeed.distributed import device
+from ascendspeed.distributed.cpu_products import Products
 from ascendspeed.models.families import FAMILIES
 
 StepFunction = Callable[[], float]
@@ -113,9 +114,9 @@ def our_model(run: Run, here: device.Device) -> tuple[StepFunction, str]:
 
 
 def _kernels(run: Run, here: device.Device) -> Any:
-    from ascendspeed.distributed import fused_kernels, onednn
+    from ascendspeed.distributed import fused_kernels
 
-    products = onednn.Products.of_training(run)
+    products = Products.of_training(run)
     return fused_kernels.select_kernels(here, products=products, rms_norm=True, rotary=True, swiglu=True)
 
 

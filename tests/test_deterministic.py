@@ -68,7 +68,7 @@ def test_it_leaves_no_choice_to_a_measurement():
         Run,
         TrainConfig,
     )
-    from ascendspeed.distributed.onednn import Products
+    from ascendspeed.distributed.cpu_products import Products
 
     def choice(**train) -> str:
         run = Run(ModelConfig(), ParallelConfig(), OptimConfig(), DataConfig(), TrainConfig(**train))

@@ -26,8 +26,8 @@ from ascendspeed.config.schema import (
     TrainConfig,
 )
 from ascendspeed.distributed import fused_kernels, onednn
+from ascendspeed.distributed.cpu_products import Products
 from ascendspeed.distributed.device import Device
-from ascendspeed.distributed.onednn import Products
 from ascendspeed.models.lora import targets
 from ascendspeed.models.lora.adapter import initial_tensors
 from ascendspeed.models.param_mapping import random_tensors

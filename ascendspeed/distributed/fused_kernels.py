@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ascendspeed.distributed import inference_kernels, onednn
+from ascendspeed.distributed import fp32_products, inference_kernels, onednn
+from ascendspeed.distributed.cpu_products import Products
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.inference_kernels import Int8Linear, PagedAttention
 from ascendspeed.distributed.layer_compiler import LayerCompiler
@@ -116,6 +117,8 @@ class Kernels:
     None: that of `linear`."""
     sdpa_backend: str | None = None
     """Backend of torch's attention (`sdpa_backend.BACKENDS`); None: torch's choice."""
+    attention_dtype: torch.dtype | None = None
+    """Number format in which torch's attention is computed; None: that of its operands."""
     layer_compiler: LayerCompiler | None = None
     """Compiles the transformer layers; None: they run as they are written."""
     paged: PagedAttention | None = None
@@ -132,11 +135,11 @@ class Kernels:
 
 
 def select_kernels(
-    device: Device, products: onednn.Products | None = None, triton: Sequence[str] = (), **enabled: bool
+    device: Device, products: Products | None = None, triton: Sequence[str] = (), **enabled: bool
 ) -> Kernels:
     """Selects the device's fused kernel for every enabled operation that has one, and torch for the others.
 
-    `products`: chooses between torch and oneDNN for `linear`; collective. `triton`: --triton-kernels, whose
+    `products`: chooses the product of a CPU; collective. `triton`: --triton-kernels, whose
     kernels come before others. Example: `select_kernels(device, rms_norm=True, rotary=False)`.
     """
     triton_kernels, problem = selection.select(device, triton)
@@ -158,10 +161,22 @@ def select_kernels(
         names = [name for name in selection.OPERATIONS if sources.get(name, "") in without]
         sources |= dict.fromkeys(names, f"torch (no Triton: {problem})")
     if products:
-        product, sources["linear"] = onednn.choose(products, device)
-        if product:
-            kernels |= {"linear": product, "pack_weight": onednn.pack}
+        cpu_kernels, sources["linear"] = _cpu_products(products, device)
+        kernels |= cpu_kernels
+        if "attention_dtype" in cpu_kernels:
+            sources["attention"] = sources["linear"]
     return Kernels(**kernels, sources=tuple(sources.items()))
+
+
+def _cpu_products(products: Products, device: Device) -> tuple[dict[str, Any], str]:
+    """The kernels for matrix products on a CPU, by their names in `Kernels`, and their source. Collective."""
+    if products.dtype == "fp32":
+        product, source = onednn.choose(products, device)
+        return ({"linear": product, "pack_weight": onednn.pack} if product else {}), source
+    product, source = fp32_products.choose(products, device)
+    # A forward pass of attention alone is as fast in bf16.
+    of_training = {"attention_dtype": torch.float32} if products.rows else {}
+    return ({"linear": product} | of_training if product else {}), source
 
 
 def with_inference_kernels(kernels: Kernels, device: Device, dtype: str) -> Kernels:

@@ -8,18 +8,14 @@ comparison with torch's product at the start. The choice is made once, alike on 
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from ascendspeed.config.schema import CpuLinearChoice, ModelConfig, ParallelConfig, Run
+from ascendspeed.distributed.cpu_products import Linear, Products, all_ranks, rank
 from ascendspeed.distributed.device import Device, cpu_info
 
-Linear = Callable[[Tensor, Tensor], Tensor]
-"""x [..., k], weight [n, k] -> x weight^T [..., n]."""
 TORCH_VERSIONS = ("2.13",)
 """Versions of torch whose operation was tested (`tests/test_onednn.py`)."""
 MIN_SIZE = 32
@@ -38,43 +34,6 @@ PACKED_ROWS = 8
 MEASURED_ELEMENTS = 1 << 22
 """Elements of the weights with which inference is measured, 16 MiB."""
 ROUNDS = 5
-
-
-@dataclass(frozen=True)
-class Products:
-    """Number format and largest matrix product of a command, for the choice of its kernel."""
-
-    choice: CpuLinearChoice
-    """Value of --cpu-linear."""
-    dtype: str
-    """fp32, bf16 or fp16."""
-    outputs: int
-    """Rows of the largest weight of a layer on one rank."""
-    inputs: int
-    """Columns of that weight."""
-    rows: int | None = None
-    """Tokens of a training pass on one rank; None: inference, for which weights are packed."""
-
-    @classmethod
-    def of_training(cls, run: Run) -> "Products":
-        """Products of a training run."""
-        rows = run.train.micro_batch_size * run.data.seq_length // run.parallel.context_parallel_size
-        choice = run.train.cpu_linear
-        if choice == "auto" and run.train.deterministic:
-            choice = "torch"  # a measurement may choose otherwise in the next run
-        return cls(choice, run.optim.dtype, *_largest_weight(run.model, run.parallel), rows)
-
-    @classmethod
-    def of_inference(
-        cls, choice: CpuLinearChoice, dtype: str, model: ModelConfig, parallel: ParallelConfig
-    ) -> "Products":
-        """Products of generation and evaluation."""
-        return cls(choice, dtype, *_largest_weight(model, parallel))
-
-
-def _largest_weight(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, int]:
-    """Shape of linear_fc1 on one rank."""
-    return 2 * max(model.ffn_widths) // parallel.tensor_model_parallel_size, model.hidden_size
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -112,7 +71,7 @@ def choose(products: Products, device: Device) -> tuple[Linear | None, str]:
 
     Collective on a CPU.
     """
-    if products.choice == "torch":
+    if products.choice in ("torch", "fp32"):
         return None, "torch"
     if device.kind != "cpu" or products.dtype != "fp32":
         return None, "torch" if products.choice == "auto" else "torch (oneDNN is for fp32 on a CPU)"
@@ -120,14 +79,14 @@ def choose(products: Products, device: Device) -> tuple[Linear | None, str]:
         return None, "torch (oneDNN gains nothing with small matrices)"
     obstacle = _obstacle(products)
     gain = None
-    if obstacle is None and products.choice == "auto" and _rank() == 0:
+    if obstacle is None and products.choice == "auto" and rank() == 0:
         gain = measured_gain(products)
         if gain < (MIN_TRAINING_GAIN if products.rows else MIN_INFERENCE_GAIN):
             obstacle = f"oneDNN is {gain:.2f} times as fast on this CPU"
-    if not _all_ranks(obstacle is None):
+    if not all_ranks(obstacle is None):
         return None, f"torch ({obstacle or 'oneDNN cannot be used on the machine of another rank'})"
     source = "oneDNN" if gain is None else f"oneDNN ({gain:.1f} times as fast as torch on this CPU)"
-    if products.choice == "auto" and not _all_ranks(_has_avx512()):  # of inference
+    if products.choice == "auto" and not all_ranks(_has_avx512()):  # of inference
         return linear_of_packed, f"{source}, for packed weights"
     return linear, source
 
@@ -221,16 +180,3 @@ def _gives_the_product() -> bool:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
     # Small integers: every order of summation gives the same bits.
     return all(torch.equal(_multiply(x, w), expected) for w in (weight, packed))
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _all_ranks(value: bool) -> bool:
-    """True if `value` is true on every rank."""
-    if not dist.is_initialized():
-        return value
-    flag = torch.tensor(int(value))
-    dist.all_reduce(flag, dist.ReduceOp.MIN)
-    return bool(flag)

@@ -59,7 +59,8 @@ class TrainingScores:
 
     def __init__(self, run: Run, job: EvaluationJob, grid: "ProcessGrid", device: "Device") -> None:
         """Loads tokenizer and tasks. Raises UserError."""
-        from ascendspeed.distributed import fused_kernels, onednn
+        from ascendspeed.distributed import fused_kernels
+        from ascendspeed.distributed.cpu_products import Products
         from ascendspeed.evaluation import runner
         from ascendspeed.inference.session import generation_stop_ids
         from ascendspeed.tokenization import tokenizer
@@ -75,7 +76,7 @@ class TrainingScores:
         self._stop_ids = runner.stop_ids_of(job, self._tokenizer, of_model)
         train = run.train
         self._layout = _layout_of(run.parallel)
-        products = onednn.Products.of_inference(train.cpu_linear, run.optim.dtype, run.model, self._layout)
+        products = Products.of_inference(train.cpu_linear, run.optim.dtype, run.model, self._layout)
         self._kernels = fused_kernels.select_kernels(
             device,
             rms_norm=train.use_fused_rmsnorm,

@@ -78,8 +78,9 @@ class EngineArgs:
     mlp_layer_fusion: bool = False
     """Use the device's fused SwiGLU kernel if it has one."""
     cpu_linear: CpuLinearChoice = "auto"
-    """Matrix products in fp32 on a CPU: oneDNN's, with packed weights, or torch's; auto: the faster one,
-    measured at the start on CPUs of AMD. The two differ by rounding."""
+    """Matrix products on a CPU: those in fp32 by oneDNN, with packed weights, or torch; those in bf16 and
+    fp16 in fp32, rounded afterwards, or by torch. auto: the faster one, in fp32 by a measurement on CPUs of
+    AMD, in bf16 and fp16 by the CPU's instructions. They differ by rounding."""
     quantize: QuantizationChoice | None = None
     """w8a16: weights of the layers in int8 with a scale for each output channel, quantised as they are read;
     embedding, output layer and activations keep their number format. None: no quantisation."""

@@ -18,8 +18,8 @@ from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.registry import open_reader, refuse_adapters
 from ascendspeed.distributed import fused_kernels, process_groups
+from ascendspeed.distributed.cpu_products import Products
 from ascendspeed.distributed.device import Device
-from ascendspeed.distributed.onednn import Products
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.inference import engine
 from ascendspeed.inference.args import SPARE, EngineSpec

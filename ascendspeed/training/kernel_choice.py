@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import Run
-from ascendspeed.distributed import fp8, fused_kernels, layer_compiler, onednn, sdpa_backend
+from ascendspeed.distributed import fp8, fused_kernels, layer_compiler, sdpa_backend
+from ascendspeed.distributed.cpu_products import Products
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
 
@@ -26,7 +27,7 @@ def select(run: Run, device: Device) -> Kernels:
         and compiler is None,
         # A compiled layer has its own products.
         weight_gradient=run.optim.bf16 and not run.train.no_gradient_accumulation_fusion and compiler is None,
-        products=onednn.Products.of_training(run),
+        products=Products.of_training(run),
         triton=run.train.triton_kernels if compiler is None else _without_auto(run.train.triton_kernels),
     )
     backend, attention = sdpa_backend.choose(run, device)

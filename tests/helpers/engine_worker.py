@@ -9,7 +9,8 @@ A run with --deepspeed uses the DeepSpeed engine, others Megatron-core's. Cases 
 "restore": a step before which "load" is loaded again, "sizes": samples of every batch (else all),
 "compile": the backend of torch.compile for the layers,
 "evaluate": also the loss of batch 0 before training, "onednn": oneDNN computes the products of the linears,
-adds the curve "case: products" [[their number, null]], "break": a deliberate mistake,
+"in_fp32": those and attention in bf16 are computed in fp32; both add the curve "case: products" [[their
+number, null]], "break": a deliberate mistake,
 "poison": a step; two are inserted before it: NaN gradients on one rank, and no supervised tokens}.
 """
 
@@ -42,7 +43,7 @@ def main() -> None:
     from ascendspeed.checkpoint.save import save_checkpoint
     from ascendspeed.config import lr_schedule
     from ascendspeed.data.dataset import Batch
-    from ascendspeed.distributed import fused_kernels, process_groups
+    from ascendspeed.distributed import fp32_products, fused_kernels, process_groups
     from ascendspeed.distributed.layer_compiler import LayerCompiler
     from ascendspeed.models.param_mapping import random_tensors
     from helpers import oracle
@@ -104,8 +105,12 @@ def main() -> None:
         )  # a checkpoint of adapters has no weights
         if case.get("break") == "documents see each other":
             without_documents()
-        linear = CountedLinear(case.get("break"))
-        kernels = replace(fused, linear=linear) if case.get("onednn") else fused
+        kernels = fused
+        if case.get("onednn") or case.get("in_fp32"):
+            multiply = fp32_products.linear if case.get("in_fp32") else onednn_product
+            linear = CountedLinear(multiply, case.get("break"))
+            wide = torch.float32 if case.get("in_fp32") else None
+            kernels = replace(fused, linear=linear, attention_dtype=wide)
         if compiler := case.get("compile"):
             kernels = replace(kernels, layer_compiler=LayerCompiler(compiler))
         if factor := case.get("weight_gradient"):
@@ -145,7 +150,7 @@ def main() -> None:
         parallel = run.parallel
         if not (parallel.deepspeed or parallel.use_torch_fsdp2) and case.get("break") is None:
             check_replicas(engine, grid)
-        if case.get("onednn"):
+        if case.get("onednn") or case.get("in_fp32"):
             curves[f"{name}: products"] = [[linear.count, None]]
         if case.get("save"):
             save(case["save"], last, engine, run, grid)
@@ -203,19 +208,24 @@ def check_replicas(engine, grid):
     assert {name for name, _ in seen} == set(engine.shard_specs)
 
 
-class CountedLinear:
+def onednn_product(x, weight):
     """oneDNN's product of fp32 matrices of any size."""
+    from ascendspeed.distributed import onednn
 
-    def __init__(self, mistake):
-        self.count, self.swaps_rows = 0, mistake == "rows of weight gradients"
+    if not x.numel() or x.dtype != weight.dtype or str(x.dtype) != "torch.float32":
+        return x @ weight.t()
+    return onednn._multiply(x, weight)
+
+
+class CountedLinear:
+    """A product that counts its calls."""
+
+    def __init__(self, multiply, mistake):
+        self.multiply, self.count, self.swaps_rows = multiply, 0, mistake == "rows of weight gradients"
 
     def __call__(self, x, weight):
-        from ascendspeed.distributed import onednn
-
         self.count += 1
-        if not x.numel() or x.dtype != weight.dtype or str(x.dtype) != "torch.float32":
-            return x @ weight.t()
-        out = onednn._multiply(x, weight)
+        out = self.multiply(x, weight)
         # The first operand of a weight's gradient is the only one that is a transposed view.
         return out.flip(0) if self.swaps_rows and not x.is_contiguous() else out
 

@@ -8,7 +8,7 @@ DeviceChoice = Literal["auto", "cpu", "cuda", "npu"]
 BackendChoice = Literal["auto", "nccl", "gloo", "hccl"]
 MOCK_DATA = "<mock data>"
 """Value of `DataConfig.data_path` for --mock-data."""
-CpuLinearChoice = Literal["auto", "onednn", "torch"]
+CpuLinearChoice = Literal["auto", "onednn", "fp32", "torch"]
 TritonChoice = Literal["auto", "off", "swiglu", "rotary", "cross_entropy"]
 QuantizationChoice = Literal["w8a16"]
 KVCacheChoice = Literal["auto", "int8"]

@@ -127,8 +127,9 @@ class TrainConfig:
     triton_kernels: tuple[TritonChoice, ...] = ("auto",)
     """Operations that run as Triton kernels on CUDA; auto: all of them, if Triton can compile there."""
     cpu_linear: CpuLinearChoice = "auto"
-    """Matrix products in fp32 on a CPU: oneDNN's or torch's; auto: the faster one, measured at the start on
-    CPUs of AMD. The two differ by rounding."""
+    """Matrix products on a CPU: those in fp32 by oneDNN or torch; those in bf16 and fp16 in fp32, rounded
+    afterwards, or by torch. auto: the faster one, in fp32 by a measurement on CPUs of AMD, in bf16 and fp16
+    by the CPU's instructions. They differ by rounding."""
     no_gradient_accumulation_fusion: bool = False
     """Add weight gradients to their fp32 sums in a pass of their own, not in the product that makes them
     (bf16 on CUDA)."""

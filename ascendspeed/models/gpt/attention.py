@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ascendspeed.distributed import sdpa_backend
+from ascendspeed.distributed import fp32_products, sdpa_backend
 from ascendspeed.models.gpt.context_parallel import gather_sequence, heads_to_sequence, sequence_to_heads
 from ascendspeed.models.gpt.packed_sequences import PackedSequences
 from ascendspeed.models.gpt.sequence_shard import WHOLE_SEQUENCE, SequenceShard
@@ -94,6 +94,17 @@ class RotaryAttention(MegatronModule):
     ) -> Tensor:
         """Causal attention of the queries in `share`, [s / n, b, heads, d], to all keys and values [s, b,
         groups, d] -> [s / n, b, heads, d]."""
+        wide, dtype = self.config.kernels.attention_dtype, query.dtype
+        if wide is None:
+            return self._attend_as_given(query, key, value, packed, share)
+        with fp32_products.saving(dtype):
+            query, key, value = (x.to(wide) for x in (query, key, value))
+            return self._attend_as_given(query, key, value, packed, share).to(dtype)
+
+    def _attend_as_given(
+        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences | None, share: SequenceShard
+    ) -> Tensor:
+        """`_attend` in the number format of its operands."""
         dropout = self.dropout if self.training else 0.0
         if packed is not None and torch.compiler.is_compiling():
             return self.packed_attention(query, key, value, packed.positions, self.scale)

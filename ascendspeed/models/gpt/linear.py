@@ -90,6 +90,13 @@ class KernelLinear(torch.autograd.Function):
         return dgrad, wgrad, bias_grad, None, None, None, None, None
 
 
+def differentiable(x: Tensor, weight: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """x [..., k], weight [n, k] -> x weight^T [..., n] by a `Kernels.linear`, with its gradients."""
+    if product is fused_kernels.linear:
+        return F.linear(x, weight)
+    return KernelLinear.apply(x, weight, None, product, False, False, None)
+
+
 def _gather_sequence(x: Tensor, group: Any, async_op: bool = False) -> tuple[Tensor, Any]:
     """Gathers x [s / TP, ...] to [s, ...] in Megatron-core's buffer; and, if `async_op`, the handle."""
     shape = [x.size(0) * group.size(), *x.shape[1:]]

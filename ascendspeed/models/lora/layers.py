@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from ascendspeed.distributed.device import current_device
+from ascendspeed.models.gpt.linear import differentiable
 from ascendspeed.models.lora.targets import LoraTarget, block_sizes, selected_targets
 from ascendspeed.models.param_mapping import ShardSpec
 
@@ -118,6 +119,7 @@ class LinearAdapter(torch.nn.Module):
         self.dropout = lora.lora_dropout
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.sequence_parallel = config.sequence_parallel
+        self.product = config.kernels.linear
         mapping = targets[0].mapping
         self.cut_along_columns = mapping.partition == "columns"
         self.needs_full_b = _needs_full_b(model, targets[0], self.group.size())
@@ -148,7 +150,7 @@ class LinearAdapter(torch.nn.Module):
         # As matrices, so that each product is one call whatever the strides of x are.
         z = self._exchange(self._down(x.flatten(0, 1))) * self.scale
         parts = z.chunk(len(self.targets), -1)
-        deltas = [F.linear(part, b) for part, b in zip(parts, self._weights("B"), strict=True)]
+        deltas = [self._multiply(part, b) for part, b in zip(parts, self._weights("B"), strict=True)]
         return self._fuse(deltas).unflatten(0, (-1, x.size(1)))
 
     def _weights(self, which: str) -> Iterator[Tensor]:
@@ -163,9 +165,12 @@ class LinearAdapter(torch.nn.Module):
     def _down(self, x: Tensor) -> Tensor:
         """x [s * b, in_features] -> z [s * b, n x rank]."""
         if not (self.dropout and self.training):
-            return F.linear(x, torch.cat(list(self._weights("A"))))
+            return self._multiply(x, torch.cat(list(self._weights("A"))))
         with self._dropout_rng():
-            return torch.cat([F.linear(F.dropout(x, self.dropout), a) for a in self._weights("A")], -1)
+            return torch.cat([self._multiply(F.dropout(x, self.dropout), a) for a in self._weights("A")], -1)
+
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return differentiable(x, weight, self.product)
 
     def _dropout_rng(self) -> AbstractContextManager:
         """Random state for dropout: ranks whose x differ must draw different masks, others equal ones.

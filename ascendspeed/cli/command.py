@@ -100,12 +100,6 @@ def check_precision(bf16: bool, fp16: bool) -> None:
         raise UserError("--bf16 and --fp16 contradict each other; choose one")
 
 
-def check_device_precision(fp16: bool, device: Any) -> None:
-    """Raises UserError if the device cannot compute in the chosen number format at a useful speed."""
-    if fp16 and device.kind == "cpu":
-        raise UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
-
-
 def run_inference(
     resolve: Resolver,
     work: Callable[[Any, Any, Sequence[str]], None],

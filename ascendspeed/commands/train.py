@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ascendspeed.cli.command import check_device_precision, world_size
+from ascendspeed.cli.command import world_size
 from ascendspeed.cli.default_model import note_of_default_model
 from ascendspeed.cli.train_args import check_inputs, parse, resolve_line
 from ascendspeed.config.schema import Run
@@ -55,7 +55,6 @@ def main(record: RunRecord | None = None) -> int:
     from ascendspeed.training.metrics_file import MetricsFile
     from ascendspeed.training.metrics_log import MetricsLogger
 
-    check_device_precision(run.optim.fp16, device)
     trackers.check_installed(trackers.names_of(run.train))
     grid = process_groups.initialize(
         device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes
@@ -109,10 +108,8 @@ def dry_run(run: Run, notes: Sequence[str]) -> int:
     from ascendspeed.distributed import layer_compiler
     from ascendspeed.planning import rehearsal
 
-    if on_cpu:
-        check_device_precision(run.optim.fp16, device)
-        if run.train.compile:
-            layer_compiler.choose(run, device)
+    if on_cpu and run.train.compile:
+        layer_compiler.choose(run, device)
     for note in notes:
         logger.info(f"note: {note}")
     rehearsal.rehearse(run, world_size(), device, "cpu" if on_cpu else "accelerator")

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from ascendspeed.checkpoint.discovery import Readers
-from ascendspeed.cli.command import check_device_precision
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.registry import open_reader, refuse_adapters
@@ -53,7 +52,6 @@ class ModelSession:
     @classmethod
     def open(cls, spec: EngineSpec, device: Device) -> "ModelSession":
         """Initializes the process groups and checks the architecture. Collective. Raises `UserError`."""
-        check_device_precision(spec.args.fp16, device)
         session = cls(spec, device, _initialize(spec, device, COLLECTIVE_TIMEOUT))
         _check_expected_model(spec, session.config)
         return session
@@ -124,7 +122,6 @@ class Session(ModelSession):
         `waits_for_user`: ranks may have to wait for input at a terminal. `parses_special_tokens`: see
         `tokenizer.load`. Collective. Raises `UserError`.
         """
-        check_device_precision(spec.args.fp16, device)
         loaded = _load_tokenizer(spec, parses_special_tokens)
         grid = _initialize(spec, device, CHAT_TIMEOUT if waits_for_user else COLLECTIVE_TIMEOUT)
         session = cls(spec, device, grid, loaded, chat_template)

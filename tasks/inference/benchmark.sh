@@ -18,15 +18,6 @@ usage() {
         "full_BoolQ BATCH | full_GSM8K BATCH | full_CEval SHOTS BATCH | full_MMLU SHOTS BATCH | full_CMMLU SHOTS BATCH [internlm DIR DEVICES]"
 }
 
-number_format() {  # number_format pa_fp16: sets DTYPE unless the environment does; a CPU has no useful fp16
-    local dtype=${1#?a_}
-    if [ "$dtype" = fp16 ] && [ -z "${DTYPE:-}" ] && ! compgen -G "/dev/davinci[0-9]*" > /dev/null && ! compgen -G "/dev/nvidia[0-9]*" > /dev/null; then
-        echo "note: $1: fp16 is too slow on a CPU, so this runs in bf16 (DTYPE=fp16 to insist)" >&2
-        dtype=bf16
-    fi
-    DTYPE=${DTYPE:-$dtype}
-}
-
 model_words() {  # model_words [internlm DIR DEVICES]: sets CHECKPOINT and TP; MODEL_WORDS is the number of words that were used
     MODEL_WORDS=0
     case ${1:-} in
@@ -53,7 +44,7 @@ evaluate() {  # evaluate TASK SHOTS BATCH [internlm DIR DEVICES] [FLAGS...]: sta
 
 case ${1:-} in
     [pf]a_fp16 | [pf]a_bf16)
-        number_format "$1"
+        DTYPE=${DTYPE:-${1#?a_}}                                            # pa_fp16: fp16, unless the environment names another
         shift
         ;;
     [pf]a_*) fail "$1 is not available: weights are pa_fp16 or pa_bf16, not quantised" ;;

@@ -409,6 +409,8 @@ def import_deepspeed(device: Device) -> Any:
     deepspeed.utils.logger.addFilter(_is_news)
     if device.kind == "cpu":
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+        # It refuses fp16 without the CPU's own instructions; `fp32_products` needs none.
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     # ZeRO imports it to know whether the optimizer is its Muon.
     import_uncompiled("deepspeed.runtime.zero.muon.muon_optimizer", device.kind)
     if not device.reduces_fp64:  # ZeRO-3 would sum the gradient norm in fp64

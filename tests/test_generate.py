@@ -266,14 +266,15 @@ def test_long_texts_are_scored_as_hugging_face_does(cpu, name):
         )
 
 
-def test_bf16_follows_hugging_face(cpu):
-    """Log-probabilities are within bf16's rounding of the fp32 ones."""
+@pytest.mark.parametrize(("dtype", "least", "most"), [("bf16", 1e-5, 0.05), ("fp16", 1e-6, 0.006)])
+def test_half_precision_follows_hugging_face(cpu, dtype, least, most):
+    """Log-probabilities are within its rounding of the fp32 ones."""
     from ascendspeed.inference.engine import LanguageModel, token_logprobs
 
     tensors = tensors_of(MODELS["v2"])
     fp32 = hugging_face(MODELS["v2"], tensors, rope_of(MODELS["v2"]))
     grid = language_model(cpu, MODELS["v2"], tensors).grid
-    lm = LanguageModel(ours(cpu, MODELS["v2"], tensors, "bf16"), MODELS["v2"], grid, cpu)
+    lm = LanguageModel(ours(cpu, MODELS["v2"], tensors, dtype), MODELS["v2"], grid, cpu)
     for text, actual in zip(PROMPTS, token_logprobs(lm, PROMPTS), strict=True):
         expected = hf_logprobs(fp32, text)[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]
-        assert 1e-5 < (actual - expected).abs().max() < 0.05
+        assert least < (actual - expected).abs().max() < most

@@ -146,7 +146,7 @@ def test_recomputed_dropout_draws_the_same_masks(every, tmp_path):
 
 
 def test_bf16_and_fp16_stay_in_a_band_around_fp32(expected, tmp_path):
-    """Their rounding is there, and no more than it: that of fp16 is an eighth of bf16's, which is the control."""
+    """Rounding is there, and no more than it: fp16's is an eighth of bf16's, which is the control."""
     cases = {f"bf16 zero {stage}": {"changes": changes(stage, bf16=True)} for stage in (1, 2, 3)}
     fp16 = {"fp16": True, "initial_loss_scale": 1024.0}
     cases |= {f"fp16 zero {stage}": {"changes": changes(stage, **fp16)} for stage in (1, 3)}

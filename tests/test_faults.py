@@ -1,8 +1,6 @@
 """Fault tolerance of a run: two real ranks of a toy over gloo, real files, real signals.
 
 The curve of an interrupted and restarted run must equal, in hexadecimal, the curve of an undisturbed one.
-benchmarks/faults.py does it under the real launcher, with the real engine, and kills runs at random moments
-more than a hundred times.
 """
 
 import json
@@ -13,110 +11,17 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from helpers import forkserver, launch
+from helpers.fault_jobs import ITERS, WORLD, Job, ended
 
-from ascendspeed.checkpoint.discovery import find_checkpoint
 from ascendspeed.utils import errors
 
-ITERS, WORLD = 12, 2
 KILLED = -signal.SIGKILL
 SLOW = pytest.mark.slow
-
-
-def rank(number: int, world: int, port: int, folder: str, flags: list[str], env: dict[str, str]) -> None:
-    """The whole life of one rank; in a process of its own."""
-    log = os.open(f"{folder}/rank{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    environment = {
-        "RANK": number,
-        "LOCAL_RANK": number,
-        "WORLD_SIZE": world,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update(
-        {k: str(v) for k, v in environment.items()} | {"FAULT_ENGINE": "toy", "FAULT_DIR": folder} | env
-    )
-    if "RANK_FOLDERS" in env:
-        (own := Path(folder, str(number))).mkdir(exist_ok=True)
-        os.chdir(own)
-    from helpers import fault_worker
-
-    sys.argv = ["fault_worker.py", *flags]
-    errors.LAUNCHER_GRACE_SECONDS = 0.5  # no launcher to wait for
-    errors.run(fault_worker.main)
-
-
-@dataclass
-class Job:
-    """A run of the toy, started as often as a test likes; --save is folder/ckpt."""
-
-    folder: Path
-    flags: tuple[str, ...] = ()
-    faults: list[dict] = field(default_factory=list)
-    env: dict[str, str] = field(default_factory=dict)
-    world: int = WORLD
-    port: int | None = None
-
-    def start(self, *more: str) -> list:
-        """The processes."""
-        words = f"--global-batch-size 4 --micro-batch-size 1 --train-iters {ITERS} --save-interval 3".split()
-        words.append("--auto-resume")
-        words += [
-            "--save",
-            str(self.folder / "ckpt"),
-            "--log-dir",
-            str(self.folder / "log"),
-            *self.flags,
-            *more,
-        ]
-        env, port = {"FAULTS": json.dumps(self.faults)} | self.env, self.port or launch.free_port()
-        self.folder.mkdir(exist_ok=True)
-        return [
-            forkserver.start(rank, (r, self.world, port, str(self.folder), words, env), launch.environment())
-            for r in range(self.world)
-        ]
-
-    def run(self, *more: str) -> list[int]:
-        """Exit codes. Ranks that do not end are killed, and the test fails."""
-        return ended(self.start(*more), self)
-
-    def said(self) -> str:
-        """Output of all ranks, over all starts."""
-        return "\n".join(path.read_text() for path in sorted(self.folder.glob("rank*.log")))
-
-    def curve(self) -> dict[int, str]:
-        """Iteration -> loss and gradient norm in hexadecimal; repeated iterations must be equal."""
-        curve: dict[int, str] = {}
-        for line in (self.folder / "curve").read_text().splitlines():
-            iteration, _, numbers = line.partition(" ")
-            assert curve.setdefault(int(iteration), numbers) == numbers, f"iteration {iteration} differs"
-        return curve
-
-    def steps(self) -> list[str]:
-        return sorted(path.name for path in (self.folder / "ckpt").glob("step_*"))
-
-    def good(self) -> int:
-        """The step that would be resumed."""
-        return find_checkpoint(self.folder / "ckpt").state.step
-
-
-def ended(ranks: list, job: Job, seconds: float = 60) -> list[int]:
-    until = time.monotonic() + seconds
-    [process.join(max(0, until - time.monotonic())) for process in ranks]
-    codes = [process.exitcode for process in ranks]
-    [process.kill() for process in ranks]
-    assert None not in codes, f"{codes}\n{job.said()[-3000:]}"
-    return codes
 
 
 @pytest.fixture(scope="session")
@@ -188,70 +93,6 @@ def test_the_next_start_says_where_it_goes_on(whole, tmp_path):
     assert "holds no checkpoint yet, so this is the start of the run" in job.said()
     finish(job, whole)
     assert re.search(r"resumes from \S*/step_0000006: iteration 6, 24 samples consumed", job.said())
-
-
-LONG = ("--train-iters", "60", "--save-interval", "2", "--keep", "3", "--distributed-timeout-minutes", "0.1")
-
-
-@pytest.fixture(scope="module")
-def whole_long(tmp_path_factory) -> dict[int, str]:
-    """The curve of an untouched run that is long enough for many kills."""
-    job = Job(tmp_path_factory.mktemp("long"), LONG)
-    assert job.run() == [0, 0], job.said()
-    return job.curve()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-def test_killed_from_outside_at_random_moments(whole_long, tmp_path, seed):
-    """At least 25 kills, 8 or more of them during a save; as many runs to their end as that takes."""
-    dice, kills, inside = random.Random(seed), 0, 0
-    for number in range(20):
-        job = Job(tmp_path / str(number), LONG + (("--async-save",) if number % 2 else ()))
-        while not (job.folder / "curve").exists() or 60 not in job.curve():
-            hit, saving = one_kill(job, dice)
-            kills, inside = kills + hit, inside + saving
-        assert job.run() == [0, 0], job.said()  # a kill may have come in the last save
-        assert job.curve() == whole_long
-        assert job.good() == 60
-        if kills >= 25 and inside >= 8:
-            break
-    print(f"seed {seed}: {kills} kills, {inside} of them inside a save, {number + 1} runs")
-    assert kills >= 25
-    assert inside >= 8
-
-
-def one_kill(job: Job, dice: random.Random) -> tuple[bool, bool]:
-    """One start; whether a rank was killed, and whether a checkpoint was being saved then."""
-
-    def done() -> int:
-        return len((job.folder / "curve").read_text().splitlines()) if (job.folder / "curve").exists() else 0
-
-    def saving() -> bool:
-        return any((job.folder / "ckpt").glob(".step_*.tmp"))
-
-    early, at_save, more, moment = (
-        dice.random() < 0.15,
-        dice.random() < 0.6,
-        dice.randrange(20),
-        dice.random(),
-    )
-    victim, before, ranks = dice.randrange(WORLD), done(), job.start()
-    while (
-        not early
-        and all(r.is_alive() for r in ranks)
-        and not (done() > before + more and (saving() or not at_save))
-    ):
-        time.sleep(0.0005)
-    time.sleep(moment * (2.0 if early else 0.03))
-    hit = ranks[victim].is_alive()
-    ranks[victim].kill()
-    ranks[1 - victim].join(20)
-    if ranks[1 - victim].is_alive():  # before they met; a launcher would end it
-        assert early
-        ranks[1 - victim].kill()
-    [r.join() for r in ranks]
-    return hit, hit and saving()
 
 
 def test_folders_that_are_no_shared_storage_are_known_before_iteration_1(tmp_path):
@@ -533,26 +374,3 @@ def add_to_losses(engine, constants: list[float]) -> Callable[[], None]:
 
         engine._forward = forward
     return lambda: setattr(engine, name, real)
-
-
-# --- several of them under the real launcher
-
-
-@pytest.mark.slow
-def test_under_the_real_launcher(tmp_path):
-    """A few kills of the real recipe; `python benchmarks/faults.py` adds as many as one likes."""
-    words = [
-        sys.executable,
-        str(launch.ROOT / "benchmarks/faults.py"),
-        "--kills",
-        "3",
-        "--seed",
-        "1",
-        "--work",
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        [*words, "--out", str(tmp_path / "out.md")], capture_output=True, text=True, env=launch.environment()
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    shutil.rmtree(tmp_path)

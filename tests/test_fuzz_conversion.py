@@ -17,7 +17,9 @@ from safetensors.torch import save
 
 from ascendspeed.config.schema import TRAINING_FIELDS
 from ascendspeed.conversion import convert
+from ascendspeed.conversion.formats.internevo import config as internevo_config
 from ascendspeed.models.families import FAMILIES, PRESETS, read_config
+from ascendspeed.utils.errors import UserError
 
 SMALL = replace(BASE, num_layers=2, hidden_size=16, ffn_hidden_size=32, num_attention_heads=4, vocab_size=64)
 CONFIGS = [
@@ -259,6 +261,29 @@ def test_rank_files(kind, count, rank_files, tmp_path):
             torch.save(table, path, _use_new_zipfile_serialization=generator.random() < 0.9)
         findings.case(f"{number} {choice:.2f}", lambda: (read(folder), None)[1])
     findings.check(accepted=0, refused=count // 4)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(0), torch.zeros(2), torch.zeros(2).to_sparse()])
+@pytest.mark.parametrize("name", ["num_layers", "use_swiglu", "qk_interleaved"])
+def test_a_tensor_among_the_settings_of_internevo(name, value, tmp_path):
+    torch.save({name: value}, tmp_path / "model_config.pt")
+    with pytest.raises(UserError, match=f"{name} is a tensor, not a plain value"):
+        internevo_config.read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["megatron", "internevo"])
+def test_a_tensor_without_values(kind, rank_files, tmp_path):
+    source, name = rank_files[kind]
+    folder = Path(shutil.copytree(source, tmp_path / "ranks"))
+    content = torch.load(folder / name, weights_only=False)
+    table = next(value for value in (content.get("model"), content) if isinstance(value, dict))
+    while isinstance(next(iter(table.values())), dict):
+        table = next(iter(table.values()))
+    key = next(iter(table))
+    table[key] = table[key].to("meta")
+    torch.save(content, folder / name)
+    with pytest.raises(UserError, match="has no values"):
+        read(folder)
 
 
 @pytest.mark.parametrize("kind", ["megatron", "deepspeed"])

@@ -62,7 +62,7 @@ def load_pt(path: Path, root: Path | None = None, known: Mapping[str, type] = NO
     with open(path, "rb") as file:
         start = file.read(4)
     is_zip = start == b"PK\x03\x04"
-    if not start or (is_zip and not zipfile.is_zipfile(path)):  # the directory of a zip is at its end
+    if not start or (is_zip and not _has_zip_end(path)):  # the directory of a zip is at its end
         raise UserError(f"{path} is cut off, {'its end is missing' if start else 'it is empty'}: {AGAIN}")
     try:
         if is_zip:
@@ -85,6 +85,14 @@ def _reason(error: Exception) -> str:
     refused = re.search(r"GLOBAL (\S+)", str(error))
     inner = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
     return f"{refused[1]} is not plain data" if refused else inner[1] if inner else first_line(error, 200)
+
+
+def _has_zip_end(path: Path) -> bool:
+    """True if the directory at the end of a zip exists, damaged or not."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
 
 
 def _check_uncompressed(path: Path) -> None:

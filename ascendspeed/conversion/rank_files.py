@@ -107,6 +107,7 @@ def read(folder: Path, file_names: RankFileNames) -> dict[tuple[int, int], dict[
             if rank in chunks_of:
                 raise UserError(f"{folder} has two files for rank {rank[0]}, stage {rank[1]}")
             chunks_of[rank] = [dict(_flatten(chunk)) for chunk in _chunks(path, file_names)]
+            _check_data(path, chunks_of[rank])
     if not chunks_of:
         raise UserError(f"{folder} has no rank files ({file_names.path(0, 0, 1)} and so on)")
     tp, pp = _sizes(chunks_of)
@@ -137,6 +138,14 @@ def _chunks(path: Path, file_names: RankFileNames) -> list[dict[str, Any]]:
     if not tables or not all(isinstance(table, dict) for table in tables):
         raise UserError(f"{path} holds no table of tensors{f' under {key!r}' if key else ''}")
     return tables
+
+
+def _check_data(path: Path, chunks: Iterable[Mapping[str, Any]]) -> None:
+    """Raises `UserError` for a tensor without values."""
+    for chunk in chunks:
+        for name, value in chunk.items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise UserError(f"{path}: {name} has no values (device meta): it was not saved completely")
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.load_files import load_pt
 from ascendspeed.conversion.output_files import save_pt
@@ -52,6 +54,9 @@ def read(folder: Path) -> dict[str, Any]:
     table = load_pt(path, known=TABLES)
     if not isinstance(table, dict):
         raise UserError(f"{path} holds a {type(table).__name__}, not a table")
+    for name, value in table.items():
+        if isinstance(value, Tensor):
+            raise UserError(f"{path}: {name} is a tensor, not a plain value")
     for name, value in REQUIRED_VALUES.items():
         if table.get(name, value) not in (value, None):
             raise UserError(f"{path}: {name} = {table[name]!r} is not supported, only {value!r}")

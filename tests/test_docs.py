@@ -14,16 +14,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from helpers.launch import ROOT
+from helpers.pages import FENCE, PAGES, named
 
 from ascendspeed.cli.compat import TABLES
 from ascendspeed.conversion.formats.base import CheckpointFormat
 from ascendspeed.models.families import base as family_base
 
-ROOT = Path(__file__).parent.parent
-SOURCES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SOURCES += [ROOT / "examples/intern/README.md", ROOT / "benchmarks/README.md"]
-PAGES = [path for path in SOURCES if not path.stem.endswith("_zh")]
-"""English pages; each has a Chinese one, NAME_zh.md."""
 SINGLE = [ROOT / "CHANGELOG.md"]
 """Pages in English only."""
 
@@ -54,7 +51,6 @@ FOREIGN_FLAGS = {
 """Flags of other programs that the pages name."""
 FOREIGN_PATHS: set[str] = set()
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`[^`\n]+`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
@@ -261,10 +257,6 @@ def unknown_flags(text: str) -> list[str]:
 
 
 ALL = [*PAGES, *map(chinese, PAGES), *SINGLE]
-
-
-def named(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

@@ -17,7 +17,7 @@ import pytest
 from helpers import recipes
 from helpers.conversion import load_script
 from helpers.launch import ROOT
-from test_docs import FENCE, PAGES, named
+from helpers.pages import FENCE, PAGES, named
 
 from ascendspeed.cli import command, train_args
 from ascendspeed.cli.compat import TABLES

@@ -3,11 +3,10 @@
 from dataclasses import replace
 
 import pytest
-import test_segments as segments
 import torch
-from helpers import launch, oracle
+from helpers import launch, oracle, packed_batches
 from helpers.engines import DATA_SEED, MODEL, RUN, STEPS, changes, worst
-from helpers.packed_attention import flat_attention
+from helpers.packed_attention import INTERNLM, flat_attention
 
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.distributed import device, fused_kernels, training_kernels
@@ -85,18 +84,18 @@ def test_a_fused_kernel_gives_torchs_values_and_gradients(operation):
 
 def test_packed_documents_equal_the_oracle_on_the_cpu(tmp_path):
     """fp32 by SDPA, document by document; bf16 by the device's own kernel."""
-    batches, rows = segments.packed()
-    expected, _ = segments.trained(segments.INTERNLM, batches, rows, STEPS, tmp_path)
-    data = segments.written(batches, tmp_path / "data")
-    layouts = {"zero 2": segments.ZERO[2], "megatron": {}}
-    cases = {f"fp32 {name}": segments.case(layout, data, STEPS) for name, layout in layouts.items()}
+    batches, rows = packed_batches.packed()
+    expected, _ = packed_batches.trained(INTERNLM, batches, rows, STEPS, tmp_path)
+    data = packed_batches.written(batches, tmp_path / "data")
+    layouts = {"zero 2": packed_batches.ZERO[2], "megatron": {}}
+    cases = {f"fp32 {name}": packed_batches.case(layout, data, STEPS) for name, layout in layouts.items()}
     cases |= {
-        f"bf16 {name}": segments.case(layout, data, STEPS, optim={"bf16": True})
+        f"bf16 {name}": packed_batches.case(layout, data, STEPS, optim={"bf16": True})
         for name, layout in layouts.items()
     }
-    cases["control"] = segments.case({}, data, STEPS, **{"break": "documents see each other"})
+    cases["control"] = packed_batches.case({}, data, STEPS, **{"break": "documents see each other"})
     job = {
-        "run": schema.to_dict(segments.RUN),
+        "run": schema.to_dict(packed_batches.RUN),
         "steps": STEPS,
         "data_seed": 0,
         "cases": cases,

@@ -6,17 +6,13 @@ from dataclasses import replace
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from helpers.tracked_run import line, run_of
 
-from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.training import trackers
-from ascendspeed.training.metric_lines import EvalLine, TrainLine, scalars
+from ascendspeed.training.metric_lines import EvalLine, scalars
 from ascendspeed.training.metrics_file import MetricsFile
 from ascendspeed.training.metrics_log import MetricsLogger
 from ascendspeed.utils.errors import UserError
-
-
-def line(iteration: int, loss: float = 2.5) -> TrainLine:
-    return TrainLine("2026-11-30 12:00:00", iteration, 9, loss=loss, lr=1e-3, ms_per_iteration=250.0)
 
 
 def records(folder) -> list[dict]:
@@ -93,11 +89,6 @@ def toy(monkeypatch):
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Toy)
     monkeypatch.setattr(Toy, "opened", [])
     monkeypatch.setattr(Toy, "fails", False)
-
-
-def run_of(tmp_path, **train) -> Run:
-    settings = TrainConfig(log_dir=str(tmp_path), wandb_project="p", wandb_exp_name="e", **train)
-    return Run(ModelConfig(), ParallelConfig(), OptimConfig(), DataConfig(data_path=("a", "b")), settings)
 
 
 def test_a_resumed_run_continues_in_the_same_run(toy, tmp_path):

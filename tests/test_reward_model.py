@@ -18,9 +18,9 @@ from helpers.preference import (
     run_of,
     write_inputs,
 )
+from helpers.preference_cases import LAYOUTS, LORA, RM, WITH_TOKEN, ZERO, case, with_lora, worst
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_preference import LAYOUTS, LORA, RM, WITH_TOKEN, ZERO, case, with_lora, worst
 from transformers import AutoModelForSequenceClassification
 
 from ascendspeed.cli.train_args import resolve

@@ -8,10 +8,10 @@ import torch
 from helpers import oracle
 from helpers.family_models import MODELS, TINY
 from helpers.generation import hf_generate, language_model, token_lists
+from helpers.gguf_models import export
+from helpers.gguf_models import model as model_folder
+from helpers.gguf_models import tokens as tokens  # a fixture
 from helpers.models import ours
-from test_gguf import export
-from test_gguf import model as model_folder
-from test_gguf import tokens as tokens  # a fixture
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

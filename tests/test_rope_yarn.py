@@ -9,7 +9,7 @@ from helpers import oracle
 from helpers.family_models import MODELS
 from helpers.generation import hf_generate, language_model, token_lists
 from helpers.models import ours
-from test_qwen3 import QWEN3_8B
+from helpers.published_configs import QWEN3_8B
 from transformers import AutoConfig, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 

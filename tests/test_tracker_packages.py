@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_metrics_sinks import line, run_of
+from helpers.tracked_run import line, run_of
 
 from ascendspeed.config.schema import Run
 from ascendspeed.training import trackers

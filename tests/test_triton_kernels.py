@@ -4,9 +4,9 @@ import threading
 from dataclasses import replace
 
 import pytest
-import test_loss as loss_cases
 import torch
 from helpers import triton_kernels as kernels
+from helpers import vocabulary_shards
 from torch.nn import functional as F
 
 from ascendspeed.cli.kernel_checks import check_triton
@@ -110,7 +110,7 @@ def locked(kernel: fused_kernels.CrossEntropyKernel) -> fused_kernels.CrossEntro
     return fused_kernels.CrossEntropyKernel(alone(kernel.statistics), alone(kernel.write_gradient))
 
 
-TERMS = ({}, {"label_smoothing": 0.1, "z_coeff": 1e-2, "vocab_size": loss_cases.V})
+TERMS = ({}, {"label_smoothing": 0.1, "z_coeff": 1e-2, "vocab_size": vocabulary_shards.V})
 
 
 @pytest.mark.breadth
@@ -120,15 +120,15 @@ def test_cross_entropy_equals_torch(cpu, dtype, ranks, terms, monkeypatch):
     """50 logits and 14 of padding in blocks of 16; labels of other ranks, and one outside the vocabulary."""
     kernels.interpret(monkeypatch)
     monkeypatch.setattr(kernels.module("cross_entropy"), "BLOCK", 16)
-    logits, labels, arriving = loss_cases.inputs()
+    logits, labels, arriving = vocabulary_shards.inputs()
     labels[0, 0], arriving[0, 0] = -100, 0
     least = max(-1e9, torch.finfo(dtype).min)
     padded = torch.cat((logits, torch.full((*logits.shape[:2], 14), least)), -1).to(dtype)
     given = padded, labels, arriving, ranks
-    losses, gradient = loss_cases.ours(
+    losses, gradient = vocabulary_shards.ours(
         monkeypatch, *given, locked(kernels.module("cross_entropy").cross_entropy), **terms
     )
-    expected, torchs = loss_cases.ours(monkeypatch, *given, **terms)
+    expected, torchs = vocabulary_shards.ours(monkeypatch, *given, **terms)
     torch.testing.assert_close(losses, expected, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(
         gradient, torchs, rtol=HALF[dtype] if dtype != torch.float32 else 1e-5, atol=1e-6
@@ -142,7 +142,7 @@ def test_cross_entropy_equals_torch(cpu, dtype, ranks, terms, monkeypatch):
 
 def loss_of(logits, labels, label_smoothing=0.0, z_coeff=0.0, vocab_size=0):
     """Cross entropy with further terms, in plain torch."""
-    flat = logits[..., : loss_cases.V].flatten(0, 1)
+    flat = logits[..., : vocabulary_shards.V].flatten(0, 1)
     losses = F.cross_entropy(flat, labels.flatten(), reduction="none", label_smoothing=label_smoothing)
     return losses.view_as(labels) + z_coeff * logits.logsumexp(-1).square()
 

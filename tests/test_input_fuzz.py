@@ -14,6 +14,7 @@ from helpers.fuzz import Findings, mutate_bytes
 
 from ascendspeed.data.readers import random_access, registry
 from ascendspeed.data.readers.shard import InvalidValue
+from ascendspeed.utils.errors import UserError
 
 ROWS = [{"text": f"row {i}, \"said\"\n'é' 中文 {i**9}", "other": i} for i in range(40)]
 NEEDED = ("text", "absent")
@@ -86,6 +87,30 @@ def test_whole_files_are_read(tmp_path):
 
 def test_damaged_files(tmp_path):
     fuzz(tmp_path, 1, 250)
+
+
+def test_a_damaged_parquet_footer(tmp_path):
+    """Each byte in turn. Arrow ends the process, with no exception, when it parses the damaged description of
+    a column; names that are no text and counts that contradict each other are errors of one line too."""
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a b"] * 4, "other": [1] * 4}), buffer)
+    whole = buffer.getvalue()
+    begin = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    refused = 0
+    for position in range(begin, len(whole) - 8):
+        for value in (0x29, 0xFF) if position % 3 else (0x29, 0):
+            path = tmp_path / f"{position}-{value}.parquet"
+            path.write_bytes(whole[:position] + bytes([value]) + whole[position + 1 :])
+            reader = registry.reader_of(path)
+            try:
+                for shard in reader.shards(path, ["text"]):
+                    list(reader.read(shard, ["text"]))
+            except UserError as error:
+                assert str(path) in str(error)
+                assert "\n" not in str(error)
+                refused += 1
+            path.unlink()
+    assert refused > 200
 
 
 @pytest.mark.slow

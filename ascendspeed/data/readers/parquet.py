@@ -35,9 +35,17 @@ def _open_version(path: Path, modified: int) -> pyarrow.parquet.ParquetFile:
     """Opens a file once: a process works on few files at a time and need not parse a footer for every
     shard."""
     try:
-        return pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except (pyarrow.ArrowException, OSError) as error:
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        file.schema_arrow.names  # noqa: B018 - Arrow does not validate names before
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a parquet file: {first_line(error)}") from error
+    metadata = file.metadata
+    rows = sum(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    if rows != metadata.num_rows:
+        raise UserError(
+            f"{path} is damaged: its row groups have {rows:,} rows, its footer counts {metadata.num_rows:,}"
+        )
+    return file
 
 
 def _columns(path: Path) -> list[str]:
@@ -48,11 +56,8 @@ def _shards(path: Path, needed: Sequence[str]) -> Iterator[Shard]:
     metadata = _open(path).metadata
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group)
-        size = 0
-        for column in map(rows.column, range(rows.num_columns)):
-            if column.path_in_schema.split(".")[0] in needed:
-                size += column.total_uncompressed_size
-        parts = min(MAX_SHARDS_PER_GROUP, -(-size // SHARD_BYTES)) or 1
+        # Of all columns: Arrow ends the whole process when it parses a damaged description of a column.
+        parts = max(1, min(MAX_SHARDS_PER_GROUP, -(-rows.total_byte_size // SHARD_BYTES)))
         for start, stop in split_evenly(rows.num_rows, parts):
             yield Shard(path, start, stop, group, weight=(stop - start) / metadata.num_rows)
 

@@ -179,6 +179,14 @@ def test_only_device_names_a_device(trees):
     assert {name: found for name, found in words.items() if found} == {}
 
 
+def test_no_test_file_imports_another():
+    """Shared code of tests is in `tests/helpers`."""
+    statement = re.compile(r"^\s*(from|import) test_", re.M)
+    files = (ROOT / "tests").glob("test_*.py")
+    assert [path.name for path in files if statement.search(path.read_text())] == []
+    assert statement.search("    from test_layers import ROOT")
+
+
 def test_controls():
     """The helpers of the rules detect violations."""
     source = (

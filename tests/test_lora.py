@@ -68,8 +68,8 @@ EARLY = 5
 
 
 def compare(curves: dict[str, Curve], expected: Curve) -> None:
-    """Losses of all steps, and gradient norms of the first ones: rounding grows from step to step, and a ninth
-    norm differed by 1.01e-5 on one kind of CPU."""
+    """Losses of all steps, and gradient norms of the first ones: rounding grows from step to step, and the
+    ninth norm of one layout differed by 1.01e-5 on one kind of CPU."""
     for name, curve in curves.items():
         loss, norm = worst(curve, expected[: len(curve)])
         early = worst(curve[:EARLY], expected[: len(curve)][:EARLY])[1]

@@ -13,11 +13,11 @@ import torch
 import uvicorn
 from helpers.corpus import sentencepiece_dir
 from helpers.generation import language_model
+from helpers.internlm_versions import MODELS
 from helpers.launch import ROOT
 from helpers.models import tensors_of
+from helpers.paged_engine import HEAD, run
 from starlette.responses import Response
-from test_generate import MODELS
-from test_paged_engine import HEAD, run
 from uvicorn.server import ServerState
 
 from ascendspeed.inference.engine import SamplingParams, sample, token_logprobs

@@ -223,6 +223,16 @@ def test_kernels_name_the_product(without_instructions):
     assert (chosen.linear, chosen.attention_dtype) == (fused_kernels.linear, None)
 
 
+def test_the_log_of_a_run_names_both(without_instructions):
+    from ascendspeed.config.schema import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+    from ascendspeed.training import kernel_choice
+
+    run = Run(MODEL, ParallelConfig(), OptimConfig(bf16=True), DataConfig(), TrainConfig())
+    text = str(kernel_choice.select(run, CPU))
+    assert f"linear: {REASON}" in text
+    assert f"attention: torch SDPA {REASON}" in text
+
+
 # ---------------------------------------------------------------- training
 
 

@@ -32,6 +32,8 @@ def select(run: Run, device: Device) -> Kernels:
     )
     backend, attention = sdpa_backend.choose(run, device)
     fp8_product, fp8_text = fp8.choose(run, device)
+    if kernels.attention_dtype is not None:
+        attention = f"{attention} {dict(kernels.sources)['attention']}"
     named = {"layers": text, "linears of the layers": fp8_text, "attention": attention}
     sources = dict(kernels.sources) | {name: source for name, source in named.items() if source}
     return replace(
